@@ -1,0 +1,11 @@
+"""The CUDA engine's implementations of the ops."""
+
+from __future__ import annotations
+
+
+def unusable() -> str | None:
+    """Why the native CUDA kernels cannot run here, or None."""
+    return "the native module is not built"
+
+
+OPS: dict = {}

@@ -1,0 +1,70 @@
+"""Which implementation runs a call: backends by name, a ladder per device, one logged reason for every step down it.
+
+A provider is a module with `unusable() -> str | None` (why this machine cannot run it) and
+`OPS: dict[op name, (run, refuses)]`, where `refuses(*args)` says why it will not take this call, or None.
+Providers are imported when first needed, so importing the package imports neither triton nor the native module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+from .. import _device
+from .._errors import BackendError, message, warn_once
+
+PROVIDERS = {
+    "cuda": "lora_kernels.native.cuda",
+    "triton": "lora_kernels.kernels",
+    "cpu": "lora_kernels.native.cpu",
+    "reference": "lora_kernels.reference",
+}
+LADDERS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_SERVES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+
+
+@functools.cache
+def provider(backend: str) -> ModuleType | str:
+    """The backend's module, or the reason why this machine cannot use it."""
+    module = importlib.import_module(PROVIDERS[backend])
+    return module.unusable() or module
+
+
+def order(op: str, device_type: str, args: tuple) -> tuple[str, ...]:
+    """Backends to try for an "auto" call, best first."""
+    return LADDERS.get(device_type, ("reference",))
+
+
+def why_not(op: str, backend: str, device_type: str, args: tuple) -> str | None:
+    """The reason why `backend` cannot run this call, or None when it can."""
+    served = _SERVES.get(backend)
+    if served is not None and device_type not in served:
+        return f"it serves {' and '.join(served)} tensors, these are on {device_type}"
+    found = provider(backend)
+    if isinstance(found, str):
+        return found
+    if op not in found.OPS:
+        return f"it has no {op}"
+    return found.OPS[op][1](*args)
+
+
+def select(op: str, backend: str, strict: bool, device_type: str, args: tuple) -> Callable:
+    """The function to call with `args`. Steps down the ladder, logging each reason once, or raises when strict."""
+    if backend == "auto":
+        backend = _device.env_backend()
+    ladder = LADDERS.get(device_type, ("reference",))
+    wanted = order(op, device_type, args) if backend == "auto" else (backend, *(b for b in ladder if b != backend))
+    for name in wanted:
+        reason = why_not(op, name, device_type, args)
+        if reason is None:
+            return provider(name).OPS[op][0]
+        # In auto mode a backend that this machine lacks altogether is no surprise; `lora-kernels env` tells of it.
+        expected = backend == "auto" and isinstance(provider(name), str)
+        if (strict or _device.env_strict()) and not expected:
+            fix = "drop strict / LORA_KERNELS_STRICT to fall back, or run `lora-kernels env`"
+            raise BackendError(message(f"{op}: backend {name} cannot run this call", reason, fix=fix))
+        if not expected:
+            warn_once(f"{op}: {name} is not used here: {reason}; falling back")
+    raise AssertionError("unreachable: reference takes every call")

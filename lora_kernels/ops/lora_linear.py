@@ -1,0 +1,173 @@
+"""`lora_linear`: y = x W^T + b + s * (drop(x) A^T) B^T for one adapter, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
+from . import _registry
+
+_FWD = "lora_linear_fwd"
+_BWD = "lora_linear_bwd"
+
+torch.library.define(
+    f"lora_kernels::{_FWD}",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed,"
+    " str backend, bool strict) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    f"lora_kernels::{_BWD}",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, Tensor mask, float scaling, float dropout_p,"
+    " bool need_dx, bool need_da, bool need_db, str backend, bool strict) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _run(op: str, device_type: str, backend: str, strict: bool, args: tuple):
+    run = _registry.select(op, backend, strict, device_type, args)
+    if torch.is_autocast_enabled(device_type):  # dtypes are settled by now; autocast must not touch the inner products
+        with torch.autocast(device_type, enabled=False):
+            return run(*args)
+    return run(*args)
+
+
+@torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
+def _fwd_impl(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict):
+    return _run(_FWD, x.device.type, backend, strict, (x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed))
+
+
+@torch.library.impl(f"lora_kernels::{_BWD}", "CompositeExplicitAutograd")
+def _bwd_impl(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db, backend, strict):
+    args = (dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
+    return _run(_BWD, x.device.type, backend, strict, args)
+
+
+@torch.library.register_fake(f"lora_kernels::{_FWD}")
+def _fwd_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict):
+    M, K = x.shape
+    mask = x.new_empty((M, (K + 31) // 32) if dropout_p > 0 else (0,), dtype=torch.int32)
+    return x.new_empty((M, weight.shape[0])), x.new_empty((M, lora_a.shape[0])), mask
+
+
+@torch.library.register_fake(f"lora_kernels::{_BWD}")
+def _bwd_fake(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db, backend, strict):
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        lora_a.new_empty(lora_a.shape if need_da else (0,)),
+        lora_b.new_empty(lora_b.shape if need_db else (0,)),
+    )
+
+
+_fwd = torch.ops.lora_kernels.lora_linear_fwd.default
+_bwd = torch.ops.lora_kernels.lora_linear_bwd.default
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Saves x (not copied), h [M, R] and the 1-bit keep mask."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict):
+        y, h, mask = _fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, h, mask)
+        ctx.constants = (scaling, dropout_p, backend, strict)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        need_dx, _, need_bias, need_da, need_db = ctx.needs_input_grad[:5]
+        args = (dy, *ctx.saved_tensors, *ctx.constants, need_dx, need_da, need_db)
+        dx, da, db = _OnceDifferentiable.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        dbias = dy.sum(0) if need_bias else None
+        return dx if need_dx else None, None, dbias, da if need_da else None, db if need_db else None, None, None, None, None, None
+
+
+def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
+    return _bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db, backend, strict)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The backward under create_graph=True: gives the gradients, and a clear error to whoever differentiates them."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return _grads(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        fix = "compute this layer in plain PyTorch: F.linear(x, W, b) + s * F.linear(F.linear(x, A), B)"
+        raise LoraKernelsError(message("lora_linear: second derivatives are not implemented", allowed="one backward pass", fix=fix))
+
+
+def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """A 1-element int64 seed on `device`: drawn from torch's generator when None, so manual_seed and checkpointing replay it."""
+    if seed is None:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise LoraTypeError(message("lora_linear: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
+        return seed.to(device).reshape(1)
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+) -> Tensor:
+    """Frozen linear layer plus its low-rank update, in one op.
+
+    Equivalent to:
+        F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p, training), lora_a), lora_b)
+
+    Args:
+        x: `[..., K]` bfloat16, float16 or float32; any strides; any number of rows, also none.
+        weight: `[N, K]`, x's dtype, frozen.
+        bias: `[N]`, x's dtype, or None.
+        lora_a: `[R, K]` in x's dtype or float32.
+        lora_b: `[N, R]` in x's dtype or float32.
+        scaling: lora_alpha / r (or / sqrt(r)), a run-time number.
+        dropout_p: probability of dropping an element of the low-rank branch's input; kept ones are scaled by 1 / (1 - p).
+            Resolution 1 / 65536. The mask is saved as one bit per element.
+        training: dropout applies only when True.
+        seed: of the dropout mask; drawn from torch's generator when None.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        strict: raise instead of falling back when `backend` cannot run this call.
+
+    Returns:
+        `[..., N]` in x's dtype (under torch.autocast: in the autocast dtype, as F.linear).
+
+    Gradients: x, lora_a, lora_b (in the adapters' dtypes), and bias where it requires grad. Same inputs, same bits.
+
+    Raises:
+        LoraValueError, LoraTypeError: shapes, dtypes or devices that do not fit; a weight that requires grad.
+        BackendError: strict, and the backend cannot run this call.
+
+    Fallback: cuda -> triton -> reference on a GPU, cpu -> reference on a CPU, each reason logged once.
+    Source: LoRA, arXiv:2106.09685, eq. 3.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
+    _checks.check_scaling("lora_linear", scaling)
+    _checks.check_dropout("lora_linear", dropout_p)
+    _checks.check_backend("lora_linear", backend)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise LoraValueError(
+            message("lora_linear: weight requires grad, but only the adapter is trained", fix="weight.requires_grad_(False), or use F.linear")
+        )
+    dropout_p = float(dropout_p) if training else 0.0
+    seed = draw_seed(seed, x.device) if dropout_p > 0 else None
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = _LoraLinear.apply(flat, weight, bias, lora_a, lora_b, float(scaling), dropout_p, seed, backend, strict)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

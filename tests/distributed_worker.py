@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-
-warnings.filterwarnings("ignore")
 
 import torch
 import torch.distributed as dist

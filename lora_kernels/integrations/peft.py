@@ -143,6 +143,6 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]
         if not isinstance(module, LoraLayer):
             continue
         if type(module) in (Linear, kinds.FusedLinear):
-            yield name, module, kinds.base_refused(module)
+            yield name, module, kinds.never_plain(module)
         else:
             yield name, module, f"a {type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__}"

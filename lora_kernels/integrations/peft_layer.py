@@ -23,8 +23,8 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 class FusedLinear(Linear):
     """`peft.tuners.lora.layer.Linear` whose plain case is one call of `lora_linear`; every other case is PEFT's own forward.
 
-    It adds no state and no submodule and overrides nothing but `forward`, so keys, saving, merging, adapter switching, copying and
-    pickling are PEFT's. What is plain is decided anew on every call, so adapters may come, go, merge and change at any time.
+    It adds no state and no submodule and overrides only `forward` (and keeps its name in repr), so keys, saving, merging, adapter
+    switching, copying and pickling are PEFT's. What is plain is decided anew on every call, so adapters may come, go, merge and change at any time.
     """
 
     _lora_kernels = ("auto", False)  # (backend, strict); an instance attribute where `patch` was given others
@@ -41,6 +41,9 @@ class FusedLinear(Linear):
         backend, strict = self._lora_kernels
         bias = _joint_bias(base.bias, lora_b.bias, scaling, x)
         return lora_linear(x, base.weight, bias, lora_a.weight, lora_b.weight, scaling, dropout_p, True, None, backend, strict)
+
+    def _get_name(self) -> str:
+        return Linear.__name__
 
 
 def plain_parts(layer: Linear) -> str | tuple[nn.Linear, nn.Linear, nn.Linear, float, float]:
@@ -79,10 +82,12 @@ def plain_parts(layer: Linear) -> str | tuple[nn.Linear, nn.Linear, nn.Linear, f
     return base, lora_a, lora_b, scaling, dropout_p
 
 
-def base_refused(layer: Linear) -> str | None:
-    """Why no state of this layer can ever be plain, or None. The class is swapped only where this is None."""
+def never_plain(layer: Linear) -> str | None:
+    """Why swapping this layer's class would be of no use, or None."""
     if layer.fan_in_fan_out or type(layer.base_layer) is not nn.Linear:
         return f"base_layer is a {type(layer.base_layer).__name__}, not nn.Linear"
+    if "forward" in layer.__dict__:  # by X-LoRA, accelerate's hooks or another patch; it would never reach the class's forward
+        return "its forward was replaced on the instance"
     return None
 
 

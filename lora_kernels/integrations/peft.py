@@ -71,7 +71,7 @@ def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> Patc
     for name, layer, reason in _lora_layers(model):
         if reason is None:
             swap.append(layer)
-            found = _layer_module().plain_parts(layer)
+            found = _layer_module().plain_operands(layer)
             reason = found if isinstance(found, str) else None
         if reason is None:
             report.patched.append(name)

@@ -102,7 +102,7 @@ def column0_kernel(
             if tl.atomic_add(taken_ptr + pm, 1, sem="relaxed", scope="gpu") == num_n - 2:
                 tl.atomic_xchg(taken_ptr + pm, 0, sem="relaxed", scope="gpu")
                 tl.atomic_xchg(ready_ptr + pm, 0, sem="relaxed", scope="gpu")
-        acc = rank_product(acc, h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR, 1, PRECISION)
+        acc = rank_product(acc, h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR, True, PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
         store_halves(y_desc, acc, om, on, BM, BN)

@@ -22,8 +22,8 @@ _forwards: dict[tuple, "Forward"] = {}
 _backwards: dict[tuple, "Backward"] = {}
 
 
-def _tma(*tensors: Tensor) -> bool:
-    """Whether TMA can describe these 2-D tensors: 16-bit, rows contiguous, base and row pitch multiples of 16 bytes."""
+def _regular(*tensors: Tensor) -> bool:
+    """Whether these 2-D tensors are 16-bit with contiguous rows, base and row pitch multiples of 16 bytes (what TMA can describe)."""
     for t in tensors:
         if t.element_size() != 2 or t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) < t.shape[1] or t.data_ptr() % 16:
             return False
@@ -56,7 +56,7 @@ class Forward:
         self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
         self.shapes = ((M, N), (M, R), (M, -(-K // 32)) if dropout_p > 0 else (0,))
         self.cast_a = lora_a.dtype != x.dtype
-        plan = fit(plan, problem, tma=N % 8 == 0 and _tma(x, weight), rank_tma=K % 8 == 0 if self.cast_a else _tma(lora_a))
+        plan = fit(plan, problem, N % 8 == 0 and _regular(x, weight), K % 8 == 0 if self.cast_a else _regular(lora_a))
         y = x.new_empty(self.shapes[0])
         self.column0 = self.shrink = self.update = None
         if plan.form == "column0":
@@ -91,7 +91,7 @@ class Backward:
         plan = store.choose(problem, x.device)
         self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
         self.cast_b = lora_b.dtype != x.dtype
-        plan = fit(plan, problem, tma=K % 8 == 0 and _tma(dy, weight), rank_tma=R % 8 == 0 if self.cast_b else _tma(lora_b))
+        plan = fit(plan, problem, K % 8 == 0 and _regular(dy, weight), R % 8 == 0 if self.cast_b else _regular(lora_b))
         self.g_shape, self.dropout_p = (M, R), dropout_p
         self.column0 = self.update = self.shrink = None
         if need_dx and plan.form == "column0":

@@ -39,14 +39,14 @@ def tall_skinny_kernel(
     Shapes: x [M, P] any strides, g [M, R] contiguous, mask int32 [M, ceil(P / 32)], part fp32 [S, P * R], element (p, r) at p spp + r spr.
     Grid: (ceil(P / BP), S, ceil(R / BR)).
     Memory: x once per rank chunk, g once per column block (from L2), S P R fp32 partials.
-    Numerics: fp32 sums in a fixed order; no atomics, same bits every run.
+    Numerics: the tile is g^T x, with the masked x as B operand (see `shrink_kernel`). fp32 sums in a fixed order; no atomics, same bits every run.
     Source: split-K GEMM with separate reduction; 8 splits of R = 16 write 2 MB where x is 67 MB.
     """
     split = tl.program_id(1)
     rp = tl.program_id(0) * BP + tl.arange(0, BP)
     rr = tl.program_id(2) * BR + tl.arange(0, BR)
     words = tl.cdiv(P, 32)
-    acc = tl.zeros((BP, BR), tl.float32)
+    acc = tl.zeros((BR, BP), tl.float32)
     for m in range(split * rows_per_split, min((split + 1) * rows_per_split, M), BM):
         rm = m + tl.arange(0, BM)
         rows = rm.to(tl.int64)[:, None]
@@ -54,9 +54,9 @@ def tall_skinny_kernel(
         g = tl.load(g_ptr + rows * R + rr[None, :], mask=(rm[:, None] < M) & (rr[None, :] < R), other=0.0)
         if MASKED:
             x = tl.where(load_keep(mask_ptr, rm, M, tl.program_id(0) * BP, words, BM, BP), x, 0.0)
-        acc = tl.dot(x.T, g, acc, input_precision=PRECISION)
-    out = part_ptr + split.to(tl.int64) * P * R + rp.to(tl.int64)[:, None] * spp + rr.to(tl.int64)[None, :] * spr
-    tl.store(out, acc, mask=(rp[:, None] < P) & (rr[None, :] < R))
+        acc = tl.dot(g.T, x, acc, input_precision=PRECISION)
+    out = part_ptr + split.to(tl.int64) * P * R + rp.to(tl.int64)[None, :] * spp + rr.to(tl.int64)[:, None] * spr
+    tl.store(out, acc, mask=(rp[None, :] < P) & (rr[:, None] < R))
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -81,8 +81,9 @@ class TallSkinny:
     def __init__(self, x: Tensor, R: int, transposed: bool, dropout_p: float = 0.0):
         (M, P) = x.shape
         wide = x.element_size() == 4
-        BR = block_rank(R, 64 if wide else 128)
-        BP, BM, warps = (64, 32, 4) if wide else (128, 64, 8 if BR > 64 else 4)
+        BR = block_rank(R, 32 if wide else 128)
+        # 128 x 128 with 8 warps: ptxas serialises its wgmma (C7515).
+        BP, BM, warps = (32, 32, 4) if wide else (64, 64, 8) if BR > 64 else (128, 64, 4)
         columns = -(-P // BP) * -(-R // BR)
         # Two programs per SM keep the copy engines busy; never a split without rows, nor more partials than x itself weighs.
         self.splits = max(1, min(-(-2 * programs(x.device) // columns), -(-M // (4 * BM)), 16))

@@ -13,18 +13,27 @@ from ._launch import Launcher, precision, programs
 
 
 @triton.jit
-def rank_product(acc, h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR: tl.constexpr, RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr):
+def rank_step(acc, h_rows, b_columns, rr, rm, rn, M, N, R, sbr, PRECISION: tl.constexpr):
+    """acc + h B over the ranks rr; `.cg`, as h may come from another program of the same launch (column0)."""
+    h = tl.load(h_rows + rr[None, :], mask=(rm[:, None] < M) & (rr[None, :] < R), other=0.0, cache_modifier=".cg")
+    b = tl.load(b_columns + rr.to(tl.int64)[:, None] * sbr, mask=(rr[:, None] < R) & (rn[None, :] < N), other=0.0)
+    return tl.dot(h, b.to(h.dtype), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rank_product(acc, h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR: tl.constexpr, ONE_STEP: tl.constexpr, PRECISION: tl.constexpr):
     """acc + h B for rows rm of h `[M, R]` (contiguous) and columns rn of B `[R, N]` (any strides, cast to h's dtype).
 
-    R is padded here, by masked loads; RANK_STEPS = ceil(R / BR) is known at compile time, so no loop is left for R <= BR.
+    R is padded here, by masked loads. The loop for R > BR is a run-time one: unrolled, ptxas hoists its loads and spills at R = 128.
     """
-    rows = h_ptr + rm.to(tl.int64)[:, None] * R
-    columns = b_ptr + rn.to(tl.int64)[None, :] * sbn
-    for step in tl.static_range(RANK_STEPS):
-        rr = step * BR + tl.arange(0, BR)
-        h = tl.load(rows + rr[None, :], mask=(rm[:, None] < M) & (rr[None, :] < R), other=0.0, cache_modifier=".cg")
-        b = tl.load(columns + rr.to(tl.int64)[:, None] * sbr, mask=(rr[:, None] < R) & (rn[None, :] < N), other=0.0)
-        acc = tl.dot(h, b.to(h.dtype), acc, input_precision=PRECISION)
+    h_rows = h_ptr + rm.to(tl.int64)[:, None] * R
+    b_columns = b_ptr + rn.to(tl.int64)[None, :] * sbn
+    rr = tl.arange(0, BR)
+    if ONE_STEP:
+        acc = rank_step(acc, h_rows, b_columns, rr, rm, rn, M, N, R, sbr, PRECISION)
+    else:
+        for first in tl.range(0, R, BR, num_stages=1):
+            acc = rank_step(acc, h_rows, b_columns, first + rr, rm, rn, M, N, R, sbr, PRECISION)
     return acc
 
 
@@ -52,7 +61,7 @@ def update_pointer_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-    RANK_STEPS: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -73,19 +82,21 @@ def update_pointer_kernel(
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
-    acc = rank_product(tl.zeros((BM, BN), tl.float32), h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR, RANK_STEPS, PRECISION)
+    acc = rank_product(tl.zeros((BM, BN), tl.float32), h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR, ONE_STEP, PRECISION)
     if MASKED:
         acc = tl.where(load_keep(mask_ptr, rm, M, pn * BN, tl.cdiv(N, 32), BM, BN), acc * keep_scale, 0.0)
-    # Rows and columns past the edge read row or column 0 again: no mask in the main loop, and the store drops what they give.
+    # Rows past M read row 0 again: no row mask in the main loop, and the store drops what they give. Columns keep their order and a mask:
+    # for dx they are the contiguous axis, and a column list that Triton cannot see to be contiguous is not copied asynchronously.
     x_ptrs = x_ptr + tl.where(rm < M, rm, 0).to(tl.int64)[:, None] * sxm + rk.to(tl.int64)[None, :] * sxk
-    w_ptrs = w_ptr + tl.where(rn < N, rn, 0).to(tl.int64)[None, :] * swn + rk.to(tl.int64)[:, None] * swk
+    w_ptrs = w_ptr + rn.to(tl.int64)[None, :] * swn + rk.to(tl.int64)[:, None] * swk
+    inside = rn[None, :] < N
     for k in range(0, K, BK):
         if EVEN_K:
             x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
+            w = tl.load(w_ptrs, mask=inside, other=0.0)
         else:
             x = tl.load(x_ptrs, mask=k + rk[None, :] < K, other=0.0)
-            w = tl.load(w_ptrs, mask=k + rk[:, None] < K, other=0.0)
+            w = tl.load(w_ptrs, mask=inside & (k + rk[:, None] < K), other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BK * sxk
         w_ptrs += BK * swk
@@ -132,7 +143,7 @@ def update_tma_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-    RANK_STEPS: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -156,7 +167,7 @@ def update_tma_kernel(
         on = pn * BN
         rm = om + tl.arange(0, BM)
         rn = on + tl.arange(0, BN)
-        acc = rank_product(tl.zeros((BM, BN), tl.float32), h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR, RANK_STEPS, PRECISION)
+        acc = rank_product(tl.zeros((BM, BN), tl.float32), h_ptr, b_ptr, rm, rn, M, N, R, sbr, sbn, BR, ONE_STEP, PRECISION)
         if MASKED:
             acc = tl.where(load_keep(mask_ptr, rm, M, on, tl.cdiv(N, 32), BM, BN), acc * keep_scale, 0.0)
         for ok in range(0, K, BK):
@@ -172,11 +183,11 @@ class Update:
     def __init__(self, plan: Plan, x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, y: Tensor, dropout_p: float = 0.0):
         (M, K), N, R = x.shape, w.shape[1], b.shape[0]
         BM, BN, BK = plan.block_m, plan.block_n, plan.block_k
-        BR = block_rank(R, 64)
+        BR = block_rank(R, 64 if plan.form == "tma" else 32)
         self.tma = plan.form != "pointer"
         self.keep_scale = keep_scale(dropout_p)
         tiles = -(-M // BM) * -(-N // BN)
-        same = dict(BM=BM, BN=BN, BK=BK, BR=BR, RANK_STEPS=-(-R // BR), GROUP_M=plan.group_m, HAS_BIAS=bias is not None)
+        same = dict(BM=BM, BN=BN, BK=BK, BR=BR, ONE_STEP=R <= BR, GROUP_M=plan.group_m, HAS_BIAS=bias is not None)
         same |= dict(MASKED=dropout_p > 0, PRECISION=precision(x.dtype))
         if self.tma:
             self.transposed = w.stride(0) == 1

@@ -14,6 +14,12 @@ FLOPS = 790e12
 BYTES = 4.3e12
 
 
+# BM, BN, BK, warps, stages of the pointer kernel. Both keep to the 99 KB of shared memory of sm_86, sm_89 and sm_120; operands whose rows
+# cannot be read 16 bytes at a time (and fp32) need an address per element, and spill with the larger one.
+POINTER_TILE = (128, 128, 32, 8, 4)
+ODD_TILE = (64, 64, 32, 4, 3)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one base GEMM + rank-R update is computed.
@@ -56,12 +62,8 @@ def block_rank(R: int, most: int) -> int:
 
 def heuristic(problem: Problem, arch: int) -> Plan:
     """The plan when no table has measured one. `arch` is the compute capability as an integer, 90 for sm_90."""
-    if problem.dtype == torch.float32:
-        tile = (64, 64, 32, 4, 3)
-        return Plan("torch", "pointer", *tile)  # cuBLAS has 3xTF32-free fp32 kernels; tl.dot without TF32 is plain FMA
-    if not tma_arch(arch):
-        tile = (128, 128, 32, 4, 4) if problem.M > 64 else (64, 64, 64, 4, 4)
-        return Plan(_implementation(problem), "pointer", *tile)
+    if problem.dtype == torch.float32 or not tma_arch(arch):
+        return Plan(_implementation(problem), "pointer", *POINTER_TILE)
     form = "column0" if problem.R <= 64 and not problem.dropout else "tma"
     tile = (128, 256, 64, 8, 3) if problem.M > 64 and problem.N > 128 else (128, 128, 64, 8, 4)
     return Plan(_implementation(problem), form, *tile)
@@ -73,17 +75,20 @@ def _implementation(problem: Problem) -> str:
     Published figures put such GEMMs at 94 to 102 % of cuBLAS for K >= 2048 with a full machine (research in docs/measured.md); the
     in-place addmm_ costs 2 M N elements of traffic and the separate shrink M K, about 14 % at 8192 x 4096 x 4096. Below, not worth it.
     """
+    if problem.dtype == torch.float32:
+        return "torch"  # without TF32, tl.dot is plain FMA
     return "triton" if problem.M >= 1024 and problem.K >= 2048 and problem.N >= 1024 else "torch"
 
 
-def fit(plan: Plan, problem: Problem, tma: bool, rank_tma: bool) -> Plan:
-    """The plan with its form stepped down to what the call allows: column0 -> tma -> pointer.
+def fit(plan: Plan, problem: Problem, regular: bool, rank_regular: bool) -> Plan:
+    """The plan with its form stepped down to what the call allows: column0 -> tma -> pointer -> pointer with small tiles.
 
-    tma: x, W and y can be described to TMA; rank_tma: so can the adapter that makes h.
+    regular: x, W and y are 16-bit with contiguous, 16-byte aligned rows, as TMA and wide loads want; rank_regular: so is the adapter that
+    makes h.
     """
-    form = plan.form
-    if form == "column0" and (problem.R > 64 or problem.dropout or not rank_tma):
-        form = "tma"
-    if not tma:
-        form = "pointer"
-    return plan if form == plan.form else replace(plan, form=form)
+    if not regular:
+        BM, BN, BK, warps, stages = ODD_TILE
+        return replace(plan, form="pointer", block_m=BM, block_n=BN, block_k=BK, warps=warps, stages=stages)
+    if plan.form == "column0" and (problem.R > 64 or problem.dropout or not rank_regular):
+        return replace(plan, form="tma")
+    return plan

@@ -39,7 +39,9 @@ def check_lora_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, l
         raise LoraValueError(message(f"{op}: wrong number of dimensions", got, "x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R]"))
     (N, K), R = weight.shape, lora_a.shape[0]
     if x.shape[-1] != K:
-        raise LoraValueError(message(f"{op}: x and weight disagree on K", f"x {_shape(x)}, weight {_shape(weight)}", "x.shape[-1] == weight.shape[1]"))
+        raise LoraValueError(
+            message(f"{op}: x and weight disagree on K", f"x {_shape(x)}, weight {_shape(weight)}", "x.shape[-1] == weight.shape[1]")
+        )
     if R < 1:
         raise LoraValueError(message(f"{op}: rank 0", f"lora_a {_shape(lora_a)}", "R >= 1", "call torch.nn.functional.linear for no adapter"))
     if lora_a.shape[1] != K:
@@ -62,7 +64,9 @@ def check_dtypes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a
         raise LoraTypeError(message(f"{op}: x, weight and bias differ in dtype", got, "one dtype", "cast x, or run under torch.autocast"))
     for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
         if t.dtype != x.dtype and t.dtype != torch.float32:
-            raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, f"{x.dtype} (as x) or torch.float32", f"{name}.to({x.dtype})"))
+            raise LoraTypeError(
+                message(f"{op}: {name} has an unsupported dtype", t.dtype, f"{x.dtype} (as x) or torch.float32", f"{name}.to({x.dtype})")
+            )
 
 
 def check_devices(op: str, **tensors: Tensor | None) -> None:

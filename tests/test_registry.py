@@ -1,0 +1,66 @@
+"""Choosing a backend: the ladder, the environment variables, one logged reason per step down, strict."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels import _errors
+
+ARGS = (torch.ones(2, 8), torch.ones(4, 8), None, torch.ones(2, 8), torch.ones(4, 2))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings(monkeypatch):
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    monkeypatch.delenv("LORA_KERNELS_STRICT", raising=False)
+    _errors.warn_once.cache_clear()
+
+
+def test_a_backend_that_cannot_run_is_logged_once(caplog):
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        for _ in range(3):
+            lk.lora_linear(*ARGS, backend="triton")
+    assert len([r for r in caplog.records if "lora_linear_fwd: triton is not used here: it serves cuda tensors" in r.message]) == 1
+
+
+def test_strict_raises_instead(monkeypatch):
+    with pytest.raises(lk.BackendError, match="backend triton cannot run this call.*fix:"):
+        lk.lora_linear(*ARGS, backend="triton", strict=True)
+    monkeypatch.setenv("LORA_KERNELS_STRICT", "1")
+    with pytest.raises(lk.BackendError, match="backend cuda cannot run this call"):
+        lk.lora_linear(*ARGS, backend="cuda")
+    lk.lora_linear(*ARGS)
+
+
+def test_environment_chooses(monkeypatch, caplog):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "triton")
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        lk.lora_linear(*ARGS)
+    assert "triton is not used here" in caplog.text
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "rocm")
+    with pytest.raises(lk.LoraValueError, match="LORA_KERNELS_BACKEND names no backend; got 'rocm'"):
+        lk.lora_linear(*ARGS)
+
+
+def test_import_is_light():
+    """Importing the package starts no CUDA and imports neither triton, peft nor transformers."""
+    code = (
+        "import sys, torch, lora_kernels; assert not torch.cuda.is_initialized();"
+        "bad = {'triton', 'peft', 'transformers'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_works_without_triton_and_native_module():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['lora_kernels._C'] = None\n"
+        "import torch, lora_kernels as lk\n"
+        "assert lk.lora_linear(torch.ones(2, 8), torch.ones(4, 8), None, torch.ones(2, 8), torch.ones(4, 2)).tolist() == [[24.0] * 4] * 2"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

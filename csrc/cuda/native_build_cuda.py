@@ -66,7 +66,7 @@ def sources() -> list[Path]:
 def link_flags(compiler: str) -> list[str]:
     """The CUDA runtime is linked in, so the module needs no libcudart and loads where there is no driver."""
     top = toolkit(compiler)
-    folders = [f for f in (top / "lib64", top / "lib", top / "targets" / "x86_64-linux" / "lib", top / "targets" / "sbsa-linux" / "lib") if f.is_dir()]
+    folders = [top / f for f in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib") if (top / f).is_dir()]
     return [*(f"-L{f}" for f in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
@@ -80,7 +80,7 @@ def part(build_dir: Path):
     if compiler is None or version(compiler) < OLDEST:
         if mode == "1":
             got = "no nvcc found" if compiler is None else "nvcc {}.{}".format(*version(compiler))
-            raise _cannot(f"{got}; LORA_KERNELS_CUDA=1 needs nvcc {OLDEST[0]}.{OLDEST[1]} or newer; fix: set NVCC or CUDA_HOME, or LORA_KERNELS_CUDA=0")
+            raise _cannot(f"{got}; LORA_KERNELS_CUDA=1 needs nvcc 12.5 or newer; fix: set NVCC or CUDA_HOME, or LORA_KERNELS_CUDA=0")
         return None
     flags = command(compiler)
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]

@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-import cuda_report
-import gen_wgmma
-import native_build_cuda
+import cuda_report  # noqa: E402
+import gen_wgmma  # noqa: E402
+import native_build_cuda  # noqa: E402
 
 needs_nvcc = pytest.mark.skipif(native_build_cuda.nvcc() is None, reason="no nvcc here")
 

@@ -46,9 +46,13 @@ __device__ __forceinline__ void store_columns(uint32_t panel, int thread, int j,
 template <class T, int BN, int PANELS>
 __device__ __forceinline__ void store_tile(const CUtensorMap* y, const T* bias, int N, const float (&acc)[BN / 2], uint32_t panels, int warpgroup, int thread,
                                            int row, int col) {
+  static_assert(BN / 64 % PANELS == 0, "a whole tile leaves the buffers in turn");
 #pragma unroll
   for (int p = 0; p < BN / 64; ++p) {
-    if (col + 64 * p >= N) break;
+    if (col + 64 * p >= N) {
+      if (thread == 0) ptx::tma_wait_read<0>();  // the next tile starts with buffer 0 again, out of turn
+      break;
+    }
     const uint32_t panel = panels + p % PANELS * kPanelBytes;
     if (thread == 0) ptx::tma_wait_read<PANELS - 1>();
     ptx::sync_warpgroup(warpgroup);

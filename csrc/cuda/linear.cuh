@@ -112,10 +112,8 @@ struct Linear {
 
   __device__ __forceinline__ void wait_for_h(int m) {
     int *ready = a.sync + 1 + m, *taken = ready + a.raster.rows * a.cluster;
-    for (int tries = 0; ptx::load_acquire(ready) < 2; ++tries) {
-      __nanosleep(64);
-      if (tries == ptx::kTrapAfterTries) __trap();
-    }
+    for (const auto start = ptx::nanoseconds(); ptx::load_acquire(ready) < 2; __nanosleep(64))
+      if (ptx::nanoseconds() - start > ptx::kTrapAfterNanoseconds) __trap();
     ptx::fence_async();
     if (last_taker(ptx::fetch_add(taken, 1), a.raster.cols)) *ready = *taken = 0;
   }
@@ -132,6 +130,7 @@ struct Linear {
       if (!MASKED) push_base(u, m, unit.n, make_h);
       if (!waited) {
         ptx::wait_for_previous_grid();
+        ptx::fence_async();  // h was written by ordinary stores, TMA reads it
         waited = true;
       }
       push_rank(u, m, unit.n, make_h);
@@ -223,11 +222,14 @@ struct Linear {
     ptx::sync_warpgroup(w + 1);  // the panel's last store has left it
 #pragma unroll
     for (int j = 0; j < HR / 8; ++j) {
-      const uint32_t* v = packed + 4 * j;
-      ptx::stmatrix(panel + swizzled(stmatrix_row(thread), stmatrix_chunk(thread, j)), v[0], v[1], v[2], v[3]);
+      uint32_t v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i % 2 * 8 < rows && 16 * j + i / 2 * 8 < cols) *reinterpret_cast<uint32_t*>(h + i % 2 * 8 * a.R + 16 * j + i / 2 * 8) = v[i];
+      for (int i = 0; i < 4; ++i) {  // fragment i: 8 rows down for odd i, 8 columns on for i >= 2
+        const bool inside = 16 * j + i / 2 * 8 < cols;
+        v[i] = inside ? packed[4 * j + i] : 0;  // past R: x times zero, which is no zero where x is not finite
+        if (inside && i % 2 * 8 < rows) *reinterpret_cast<uint32_t*>(h + i % 2 * 8 * a.R + 16 * j + i / 2 * 8) = v[i];
+      }
+      ptx::stmatrix(panel + swizzled(stmatrix_row(thread), stmatrix_chunk(thread, j)), v[0], v[1], v[2], v[3]);
     }
     ptx::fence_async();  // shared memory towards this warpgroup's wgmma, global memory towards the others' TMA
     ptx::sync_warpgroup(w + 1);
@@ -275,6 +277,11 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_consta
   extern __shared__ uint8_t raw[];
   const uint32_t skip = (1024 - (ptx::smem(raw) & 1023)) & 1023, data = ptx::smem(raw) + skip, staging = data + Kernel::Pipe::kDataBytes;
   typename Kernel::Pipe pipe(data, raw + skip + Kernel::Pipe::kDataBytes + Kernel::Smem::kStaging, args.cluster);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&maps.x);
+    ptx::prefetch_map(&maps.w);
+    ptx::prefetch_map(&maps.y);
+  }
   pipe.init();
   Kernel kernel{maps, args, pipe, staging};
   const int warpgroup = threadIdx.x / 128;

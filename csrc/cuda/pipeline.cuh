@@ -107,7 +107,12 @@ struct Pipeline {
 
   // This warp no longer reads slot `s`: lane r tells CTA r of the cluster.
   __device__ __forceinline__ void release(int s) {
-    if (threadIdx.x % 32 < cluster) ptx::barrier_arrive_at(empty + 8 * s, threadIdx.x % 32);
+    const uint32_t lane = threadIdx.x % 32;
+    if (cluster == 1) {  // the CTA feeds itself, whatever cluster it stands in
+      if (lane == 0) ptx::barrier_arrive(empty + 8 * s);
+    } else if (lane < cluster) {
+      ptx::barrier_arrive_at(empty + 8 * s, lane);
+    }
   }
 };
 

@@ -33,23 +33,26 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t bar, uint32_t rank) {
       : "memory");
 }
 
-constexpr int kTrapAfterTries = 1 << 24;
+constexpr unsigned long long kTrapAfterNanoseconds = 20'000'000'000;
 
-// Waits until the phase of this parity has completed. A wait that nothing can end is a bug of this library: after some seconds the kernel traps, so
-// the caller sees a CUDA error, not a hang. One asm block: with the loop in C++ ptxas 13.0 serialised the wgmmas and spilled (C7512).
+// Waits until the phase of this parity has completed. A wait that nothing can end is a bug of this library: the kernel then traps, so the caller sees
+// a CUDA error, not a hang. One asm block: with the loop in C++ ptxas 13.0 serialised the wgmmas and spilled (C7512).
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
-      "{.reg .pred done, again; .reg .u32 tries;\n"
-      "mov.u32 tries, 0;\n"
+      "{.reg .pred done, again; .reg .u64 start, now;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE_%=;\n"
+      "mov.u64 start, %%globaltimer;\n"
       "WAIT_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE_%=;\n"
-      "add.u32 tries, tries, 1;\n"
-      "setp.lt.u32 again, tries, %2;\n"
+      "mov.u64 now, %%globaltimer;\n"
+      "sub.u64 now, now, start;\n"
+      "setp.lt.u64 again, now, %2;\n"
       "@again bra WAIT_%=;\n"
       "trap;\n"
       "DONE_%=:}" ::"r"(bar),
-      "r"(parity), "n"(kTrapAfterTries)
+      "r"(parity), "n"(kTrapAfterNanoseconds)
       : "memory");
 }
 
@@ -157,6 +160,11 @@ __device__ __forceinline__ int load_acquire(const int* p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
+}
+__device__ __forceinline__ unsigned long long nanoseconds() {
+  unsigned long long t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
 }
 __device__ __forceinline__ int fetch_add(int* p, int v) {
   int old;

@@ -47,11 +47,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--alpha", type=number(float, 0, open_low=True), default=32.0, help="lora_alpha; the update is scaled by alpha / r")
     p.add_argument("--dropout", type=number(float, 0, 0.99), default=0.05, help="lora_dropout of the training run")
     p.add_argument("--targets", default="all-linear", help="all-linear, or module names: q_proj,v_proj")
-    p.add_argument("--steps", type=number(int, 1), default=24)
-    p.add_argument("--compare-steps", type=number(int, 1), default=6, help="steps of the patched against unpatched run")
+    p.add_argument("--steps", type=number(int, 1), default=20)
+    p.add_argument("--compare-steps", type=number(int, 1), default=5, help="steps of the patched against unpatched run")
     p.add_argument("--batch", type=number(int, 1), default=4, help="sequences a step")
     p.add_argument("--seq", type=number(int, 2), default=128, help="tokens a sequence")
-    p.add_argument("--held-out", type=number(int, 1), default=16, help="windows of held-out text for the perplexity")
+    p.add_argument("--held-out", type=number(int, 1), default=12, help="windows of held-out text for the perplexity")
     p.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen model; default float32 on the CPU, bfloat16 on a GPU")
@@ -87,8 +87,11 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def run(args: argparse.Namespace) -> int:
+    import warnings
+
     from rich.console import Console
 
+    warnings.filterwarnings("ignore", module="(transformers|peft)[.]")  # deprecations among the libraries themselves
     console = Console(highlight=False, soft_wrap=True)
     import torch
     from text import UserError, prepare

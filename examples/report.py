@@ -79,7 +79,13 @@ def _measure(layer: nn.Module, M: int, N: int, K: int, p: float, rounds: int, ta
         row |= {"forward_ms": 1e3 * statistics.median(fwd[name]), "forward_ratio": ratio(fwd[name], fwd["PEFT"])}
         row |= {"both_ms": 1e3 * statistics.median(full[name]), "both_ratio": ratio(full[name], full["PEFT"])}
         rows.append(row)
-        cells = [f"{row['forward_ms']:.2f}", f"{row['forward_ratio']:.2f}", f"{row['both_ms']:.2f}", f"{row['both_ratio']:.2f}", f"{kept / 2**20:.2f}"]
+        cells = [
+            f"{row['forward_ms']:.2f}",
+            f"{row['forward_ratio']:.2f}",
+            f"{row['both_ms']:.2f}",
+            f"{row['both_ratio']:.2f}",
+            f"{kept / 2**20:.2f}",
+        ]
         table.add_row(f"{N} x {K}", f"{p:g}", name, *cells, end_section=name == NAMES[-1])
     return rows
 

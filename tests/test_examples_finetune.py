@@ -14,11 +14,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import finetune
-import text
-import training
+import finetune  # noqa: E402
+import text  # noqa: E402
+import training  # noqa: E402
 
-import lora_kernels as lk
+import lora_kernels as lk  # noqa: E402
 
 
 @pytest.fixture(scope="module")

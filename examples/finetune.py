@@ -130,14 +130,18 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from text import UserError
-
     try:
         return run(args)
     except KeyboardInterrupt:
         print("\nfinetune: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except UserError as error:
+    except Exception as error:
+        from text import UserError
+
+        from lora_kernels import LoraKernelsError
+
+        if not isinstance(error, (UserError, LoraKernelsError, OSError)):  # OSError: the disk is full or gone
+            raise
         print(f"finetune: {error}", file=sys.stderr)
         return 2
 

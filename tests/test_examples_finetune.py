@@ -140,6 +140,13 @@ def test_bad_numbers_are_refused_before_anything_is_loaded(argv):
     assert stop.value.code == 2
 
 
+def test_unusable_environment_is_one_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "tpu")
+    assert run() == 2
+    assert "LORA_KERNELS_BACKEND names no backend" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_model_folder(tiny, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.gguf").write_bytes(b"GGUF" + bytes(40))

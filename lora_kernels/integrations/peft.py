@@ -71,7 +71,7 @@ def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> Patc
     for name, layer, reason in _lora_layers(model):
         if reason is None:
             swap.append(layer)
-            found = _layer_module().plain_parts(layer)
+            found = _layer_module().plain_operands(layer)
             reason = found if isinstance(found, str) else None
         if reason is None:
             report.patched.append(name)
@@ -143,6 +143,6 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]
         if not isinstance(module, LoraLayer):
             continue
         if type(module) in (Linear, kinds.FusedLinear):
-            yield name, module, kinds.base_refused(module)
+            yield name, module, kinds.never_plain(module)
         else:
             yield name, module, f"a {type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__}"

@@ -1,1 +1,1 @@
-"""Which kernel form runs a shape: measured tables, shipped as JSON, and the search that writes them."""
+"""Which implementation and which block sizes a call gets: plan (dataclass, heuristic), store (measured JSON tables)."""

@@ -17,7 +17,7 @@ BYTES = 4.3e12
 # BM, BN, BK, warps, stages of the pointer kernel. Both keep to the 99 KB of shared memory of sm_86, sm_89 and sm_120; operands whose rows
 # cannot be read 16 bytes at a time (and fp32) need an address per element, and spill with the larger one.
 POINTER_TILE = (128, 128, 32, 8, 4)
-ODD_TILE = (64, 64, 32, 4, 3)
+ODD_TILE = (64, 64, 32, 4, 2)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from .. import _device, reference
 from ..tuning import store
-from ..tuning.plan import Problem, fit
+from ..tuning.plan import POINTER_TILE, Plan, Problem, fit
 from ._launch import on_device, regular
 from .column0 import Column0
 from .shrink import Shrink
@@ -106,7 +104,7 @@ class Backward:
         if need_dx and self.column0 is None:
             # With cuBLAS as the GEMM, this launch has K = 0 and writes the masked rank product alone.
             inner = dy[:, :0] if self.torch_gemm else dy
-            plan = replace(plan, form="pointer") if self.torch_gemm else plan
+            plan = Plan("torch", "pointer", *POINTER_TILE) if self.torch_gemm and plan.form != "pointer" else plan
             self.update = Update(plan, inner, weight, None, a, x, dropout_p)
         self.da = TallSkinny(x, R, transposed=True, dropout_p=dropout_p) if need_da else None
         self.db = TallSkinny(dy, R, transposed=False) if need_db else None
@@ -160,6 +158,26 @@ def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, 
 
 def _tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def _prepare_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+    """`lora_linear_fwd` for every call of this signature, without looking it up again; None where addresses or settings matter too."""
+    if x.shape[0] == 0 or not regular(x) or _alignment(x, weight, bias, lora_a, lora_b):
+        return None
+    forward = Forward(x, weight, bias, lora_a, lora_b, dropout_p)
+    return lambda x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed: on_device(x, forward, x, weight, bias, lora_a, lora_b, scaling, seed)
+
+
+def _prepare_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
+    """`lora_linear_bwd` for every call of this signature (h and mask as the forward made them)."""
+    if x.shape[0] == 0 or not regular(x, dy) or _alignment(dy, x, weight, lora_a, lora_b, h, mask):
+        return None
+    backward = Backward(dy, x, weight, lora_a, lora_b, dropout_p, need_dx, need_da, need_db)
+    return lambda dy, x, weight, a, b, h, mask, scaling, *_: on_device(x, backward, dy, x, weight, a, b, h, mask, scaling)
+
+
+lora_linear_fwd.prepare = _prepare_fwd
+lora_linear_bwd.prepare = _prepare_bwd
 
 
 def refuses(x: Tensor, *rest: object) -> str | None:

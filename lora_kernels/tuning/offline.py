@@ -155,7 +155,8 @@ def gate(arch: int) -> list[Layer]:
     return common + [
         Layer(arch, 64, 0.0, dtype=torch.float16, adapters=torch.float32),
         Layer(arch, 256, 0.05, dtype=torch.float16, adapters=torch.float32),
-        Layer(arch, 20, 0.05, M=48, N=96),  # little M, narrow N: the small TMA tile
+        Layer(arch, 20, 0.0, M=48, N=96),  # little M, narrow N: the small TMA tile
+        Layer(arch, 20, 0.05, M=48, N=96),  # cuBLAS for the GEMM, kernels for the mask
         Layer(arch, 9, 0.05, **_ODD, adapters=torch.float32),
         Layer(arch, 64, 0.0, **_ODD),
         Layer(arch, 16, 0.0, strided=True),

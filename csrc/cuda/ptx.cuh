@@ -11,7 +11,9 @@ __device__ __forceinline__ uint32_t smem(const void* p) { return static_cast<uin
 
 // ---- mbarriers --------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals)); }
+__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
+}
 
 // Makes the inits visible to the async proxy and to the other CTAs of the cluster; a cluster barrier must follow.
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -62,21 +64,24 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volat
 
 // Box at (inner, outer) of `map` to shared memory; its bytes, zero fill included, complete on `bar`.
 __device__ __forceinline__ void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int inner, int outer) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map), "r"(bar),
-               "r"(inner), "r"(outer)
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map),
+               "r"(bar), "r"(inner), "r"(outer)
                : "memory");
 }
 
 // The same to the same offsets (dst and bar) in every CTA of `ctas`, one bit per rank.
 __device__ __forceinline__ void tma_load_multicast(uint32_t dst, const CUtensorMap* map, uint32_t bar, int inner, int outer, uint16_t ctas) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
-               "l"(map), "r"(bar), "r"(inner), "r"(outer), "h"(ctas)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
+          dst),
+      "l"(map), "r"(bar), "r"(inner), "r"(outer), "h"(ctas)
+      : "memory");
 }
 
 // Shared memory to the box at (inner, outer); what lies outside the tensor is not written.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t src, int inner, int outer) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(inner), "r"(outer) : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(inner), "r"(outer)
+               : "memory");
 }
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N>  // at most N of this thread's groups still read shared memory

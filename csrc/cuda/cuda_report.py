@@ -138,17 +138,16 @@ def compiled(cache: Path) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel], shared: dict[str, int]) -> str:
-    rows = [
-        "| kernel | registers at launch (highest used: producer, consumer) | spills | shared memory | HGMMA | UTMALDG | UTMASTG |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """One row per kernel; element types with the same figures share it."""
+    rows: dict[tuple, list[str]] = {}
     for k in sorted(kernels, key=lambda k: k.name):
-        memory = shared.get(k.name, "")
-        counts = " | ".join(str(k.sass[op]) for op in ("HGMMA", "UTMALDG", "UTMASTG"))
-        rows.append(
-            f"| {k.name} | {k.registers} ({k.highest_producer_register}, {k.highest_register}) | {k.spill_stores + k.spill_loads} | {memory} | {counts} |"
-        )
-    return "\n".join(rows)
+        figures = (f"{k.highest_producer_register}, {k.highest_register}", k.spill_stores + k.spill_loads, shared.get(k.name, ""))
+        element = "bf16" if "<bf16" in k.name else "fp16"
+        key = (k.name.replace(element + ", ", ""), *figures, *(k.sass[op] for op in ("HGMMA", "UTMALDG", "UTMASTG")))
+        rows.setdefault(key, []).append(element)
+    head = ("kernel", "highest register (producer, consumer)", "spills", "shared memory", "HGMMA", "UTMALDG", "UTMASTG", "types")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, (*key, " ".join(types)))) + " |" for key, types in rows.items()])
 
 
 # One H200, as measured elsewhere: bf16 cuBLAS at 8192^3 and device-to-device copy. A wgmma m64n256k16 takes 128 cycles, 2048 FMA per cycle and SM.

@@ -88,6 +88,22 @@ def _flags_are_zero_afterwards():
     assert all(int(t.abs().sum()) == 0 for t in cuda._sync.values())
 
 
+def test_sanitize_every_form():
+    """Small and complete, for compute-sanitizer: each form, both clusters, tails in every direction."""
+    M, N, K, R = 300, 520, 136, 24
+    for backward in (False, True):
+        (x, w, a, b), _ = operands(M, N, K, R, bf16, backward)
+        for cluster in (1, 2):
+            _, h = cuda.linear(x, w, None, a, b, None, 1.0, backward, how=Form(True, 256, cluster))
+            for block_n in (256, 192, 128):
+                cuda.linear(x, w, None, None, b, h, 1.0, backward, how=Form(False, block_n, cluster))
+            if backward:
+                mask = reference.dropout_mask(torch.tensor([5], device="cuda"), M, N, 0.3)
+                cuda.linear(x, w, None, None, b, h, 1.4, True, mask=mask, how=Form(False, 256, cluster))
+    run(*problem(300, 520, 1160, 72), 0.1)
+    torch.cuda.synchronize()
+
+
 # ------------------------------------------------------------------------------------------------------------------- each kernel
 
 

@@ -1,5 +1,9 @@
 #include "host.h"
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 namespace lk::cuda {
 
 void fail(const std::string& call, const std::string& what, cudaError_t error) {
@@ -77,6 +81,32 @@ void allow_shared_memory(const std::string& call, const void* entry, int bytes, 
   const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) fail(call, "cannot have " + std::to_string(bytes) + " bytes of shared memory", error);
   if (device < 64) done |= uint64_t(1) << device;
+}
+
+int resident_clusters(const void* entry, const Launch& l, int most) {
+  if (l.cluster == 1) return most;
+  static std::mutex guard;
+  static std::map<std::pair<const void*, int>, int> known;  // by kernel and device
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(guard);
+  int& count = known[{entry, device}];
+  if (count == 0) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(most * l.cluster);
+    config.blockDim = dim3(l.threads);
+    config.dynamicSmemBytes = l.shared_bytes;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&count, entry, &config) != cudaSuccess || count < 1) {
+      cudaGetLastError();
+      count = most;
+    }
+  }
+  return std::min(count, most);
 }
 
 namespace {

@@ -38,6 +38,9 @@ struct Launch {
   void* stream;
 };
 
+// Clusters of this launch that the device holds at a time, at most `most`: fewer than SMs / cluster where a GPC has an odd number of SMs.
+int resident_clusters(const void* entry, const Launch& l, int most);
+
 template <class... Params>
 void launch(const std::string& call, void (*kernel)(Params...), const Launch& l, const Params&... params) {
   cudaLaunchConfig_t config{};

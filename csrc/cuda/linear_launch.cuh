@@ -54,10 +54,13 @@ struct LinearInstance {
     }
     const int rows = ceil_div(ceil_div(c.M, kTileM), c.cluster), cols = ceil_div(c.N, BN);
     const LinearArgs args{c.M, c.N, c.K, c.R, c.cluster, c.scale, {rows, cols, c.group_m, RP > 0}, c.bias, c.h, c.mask, c.sync};
-    const int clusters = std::min(sms / c.cluster, args.raster.units());
     static std::atomic<uint64_t> done{0};
     allow_shared_memory(call, reinterpret_cast<const void*>(entry), Smem::kBytes, done);
-    launch(call, entry, Launch{clusters * c.cluster, kThreads, Smem::kBytes, c.cluster, c.dependent, stream}, maps, args);
+    Launch l{0, kThreads, Smem::kBytes, c.cluster, c.dependent, stream};
+    // The static order deals a share to every cluster: one that has to wait for an SM would double the time.
+    const int clusters = resident_clusters(reinterpret_cast<const void*>(entry), l, sms / c.cluster);
+    l.grid = std::min(clusters, args.raster.units()) * c.cluster;
+    launch(call, entry, l, maps, args);
   }
 
   static inline const Registered registered{name(), Smem::kBytes, reinterpret_cast<const void*>(entry)};

@@ -238,8 +238,8 @@ class Simulation:
             while waiting and len(running) < (p.resident or p.clusters):
                 index = waiting.pop()
                 ctas = [Cta(p) for _ in range(p.cluster)]
-                agents = [self.producer(ctas, r, index) for r in range(p.cluster)]
-                running[index] = agents + [self.consumer(ctas, r, w) for r in range(p.cluster) for w in range(2)]
+                actors = [self.producer(ctas, r, index) for r in range(p.cluster)]
+                running[index] = actors + [self.consumer(ctas, r, w) for r in range(p.cluster) for w in range(2)]
             choices = len(self.flying) + sum(map(len, running.values()))
             pick = self.random.randrange(choices)
             if pick < len(self.flying):
@@ -247,13 +247,13 @@ class Simulation:
                 idle = 0
                 continue
             before = self.snapshot()
-            index, agents = self.random.choice(list(running.items()))
-            agent = self.random.choice(agents)
+            index, actors = self.random.choice(list(running.items()))
+            actor = self.random.choice(actors)
             for _ in range(self.random.randrange(1, 12)):
-                if next(agent, "end") == "end":
-                    agents.remove(agent)
+                if next(actor, "end") == "end":
+                    actors.remove(actor)
                     break
-            if not agents:
+            if not actors:
                 del running[index]
             idle = idle + 1 if before == self.snapshot() else 0
             assert idle < 4000, f"deadlock: {p}"

@@ -44,7 +44,7 @@ class Launcher:
         self.raw = None
 
     def __call__(self, stream: int, described: Sequence[Tensor], pointers: Sequence[Tensor | None], floats: Sequence[float] = ()) -> None:
-        if self.raw is None or knobs.runtime.launch_enter_hook is not None:  # a profiler's hook wants Triton's own launch
+        if self.raw is None or knobs.runtime.launch_enter_hook.calls:  # a profiler's hook wants Triton's own launch
             self._first(described, pointers, floats)
             return
         args: list = []

@@ -1,0 +1,78 @@
+"""Host microseconds per call of `lora_linear`, beside F.linear in the same run: `pytest benchmarks/bench_host_overhead.py`.
+
+With a GPU: asynchronous calls on it at a size whose kernels are shorter than the launch (the queue never fills). Without one: the same host
+code on a driver that launches nothing (tests/triton/fake_cuda.py), and F.linear on the meta device, where it is dispatch and allocation alone.
+Neither the driver's own launch cost nor its checks are then in the figures. Run it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+pytest.importorskip("pytest_benchmark")
+
+import lora_kernels as lk
+from lora_kernels.ops import _registry
+
+M, N, K, R = 64, 64, 64, 16
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def operands():
+    torch.set_num_threads(1)
+    if not ON_GPU:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "triton"))
+        import fake_cuda
+
+        fake_cuda.install(Path(tempfile.mkdtemp()))
+        _registry._SERVES["triton"] = ("cpu",)
+    make = lambda *shape: torch.randn(shape).to("cuda" if ON_GPU else "cpu", torch.bfloat16)
+    return make(M, K), make(N, K), make(N), make(R, K), make(N, R)
+
+
+def run(benchmark, call) -> None:
+    call()
+    benchmark.pedantic(call, rounds=50, iterations=200, warmup_rounds=5)
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def test_f_linear(benchmark, operands) -> None:
+    x, weight, bias = (t if ON_GPU else t.to("meta") for t in operands[:3])
+    with torch.no_grad():
+        run(benchmark, lambda: F.linear(x, weight, bias))
+
+
+def test_f_linear_autograd(benchmark, operands) -> None:
+    x, weight, bias = (t if ON_GPU else t.to("meta") for t in operands[:3])
+    x = x.clone().requires_grad_()
+    run(benchmark, lambda: F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05], ids=["plain", "dropout"])
+def test_lora_linear(benchmark, operands, dropout_p) -> None:
+    x, weight, bias, a, b = operands
+    with torch.no_grad():
+        run(benchmark, lambda: lk.lora_linear(x, weight, bias, a, b, 0.5, dropout_p, backend="triton", strict=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05], ids=["plain", "dropout"])
+def test_lora_linear_autograd(benchmark, operands, dropout_p) -> None:
+    x, weight, bias, a, b = operands
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    run(benchmark, lambda: lk.lora_linear(x, weight, bias, a, b, 0.5, dropout_p, backend="triton", strict=True))
+
+
+def test_through_the_dispatcher(benchmark, operands) -> None:
+    """What the lean path saves: the torch.library op itself, which torch.compile and dispatch modes go through."""
+    x, weight, bias, a, b = operands
+    op = torch.ops.lora_kernels.lora_linear_fwd.default
+    run(benchmark, lambda: op(x, weight, bias, a, b, 0.5, 0.0, None, "triton", True))

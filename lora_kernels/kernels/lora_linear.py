@@ -19,8 +19,8 @@ _MAX_SIGNATURES = 4096
 # Float32 adapters of a larger rank are cast before the launch: in the kernel they cost 32 registers and more, which spill at R = 64, and as
 # wgmma's A operand they would sit in registers. TMA (column0's A) cannot cast either.
 _CAST_RANK = 32
-_forwards: dict[tuple, "Forward"] = {}
-_backwards: dict[tuple, "Backward"] = {}
+_forwards: dict[tuple, Forward] = {}
+_backwards: dict[tuple, Backward] = {}
 
 
 def _alignment(*tensors: Tensor | None) -> tuple | None:
@@ -87,7 +87,9 @@ class Forward:
 class Backward:
     """lora_linear_bwd for one call signature."""
 
-    def __init__(self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx: bool, need_da: bool, need_db: bool):
+    def __init__(
+        self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx: bool, need_da: bool, need_db: bool
+    ):
         (M, K), (N, R) = x.shape, lora_b.shape
         problem = Problem("dx", M, K, N, R, x.dtype, dropout_p > 0)
         plan = store.choose(problem, x.device)

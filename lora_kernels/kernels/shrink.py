@@ -41,8 +41,9 @@ def shrink_kernel(
     Grid: (ceil(M / BM), ceil(R / BR)). Every rank chunk reads x again; chunk 0 writes the mask.
     Memory: x once per rank chunk, A once per row block (from L2), h and mask written once: M (K + R) elements + M K / 8 bytes.
     Numerics: the tile is h^T, so that the masked x is the B operand: as A, wgmma would take it from registers, which ptxas serialises
-        (C7515) and before 13.3 is reported to miscompile. fp32 accumulator, h rounded once; the scaling and 1 / (1 - p), both in `scale`, multiply the fp32 sum. No atomics: same bits.
-    Source: dropout by Philox4x32-7 (arXiv, SC'11 "Parallel random numbers: as easy as 1, 2, 3"), 8 x 16 bits a call.
+        (C7515) and before 13.3 is reported to miscompile. fp32 accumulator, h rounded once; the scaling and 1 / (1 - p), both in `scale`,
+        multiply the fp32 sum. No atomics: same bits.
+    Source: dropout by Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), 8 x 16 bits a call.
     """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rr = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -84,9 +85,7 @@ class Shrink:
         self.scale = keep_scale(dropout_p)
         ints = (M, K, R, drop_threshold(dropout_p), *x.stride(), *a.stride())
         grid = (-(-M // BM), -(-R // BR))
-        self.launch = Launcher(
-            shrink_kernel, grid, (), ints, warps, stages, BM=BM, BK=BK, BR=BR, DROPOUT=dropout_p > 0, PRECISION=precision(x.dtype)
-        )
+        self.launch = Launcher(shrink_kernel, grid, (), ints, warps, stages, BM=BM, BK=BK, BR=BR, DROPOUT=dropout_p > 0, PRECISION=precision(x.dtype))
 
     def __call__(self, stream: int, x: Tensor, a: Tensor, h: Tensor, mask: Tensor | None, seed: Tensor | None, scale: float) -> None:
         self.launch(stream, (), (x, a, h, mask, seed), (scale * self.scale,))

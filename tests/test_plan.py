@@ -23,10 +23,11 @@ def entry(M: int, **plan) -> dict:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "lora_kernels").mkdir()
     store.tables.cache_clear()
     _errors.warn_once.cache_clear()
-    yield tmp_path
+    yield tmp_path / "lora_kernels"
     store.tables.cache_clear()
 
 

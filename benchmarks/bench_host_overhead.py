@@ -79,3 +79,18 @@ def test_through_the_dispatcher(benchmark, operands) -> None:
     x, weight, bias, a, b = operands
     op = torch.ops.lora_kernels.lora_linear_fwd.default
     run(benchmark, lambda: op(x, weight, bias, a, b, 0.5, 0.0, None, "triton", True))
+
+
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "tritons_own"])
+def test_one_launch(benchmark, operands, lean) -> None:
+    """The column-0 kernel alone: 4 descriptors, 4 pointers, 7 numbers, 8 constexprs."""
+    from lora_kernels.kernels._launch import workspace
+    from lora_kernels.kernels.column0 import Column0
+    from lora_kernels.tuning.plan import Plan
+
+    x, weight, bias, a, b = operands
+    y, h = x.new_empty(M, N), x.new_empty(M, R)
+    launch = Column0(Plan("triton", "column0", 128, 128, 64, 8, 3), x, weight.t(), bias, b.t(), y).launch
+    args = ((x, weight, a, y), (bias, h, b, workspace(x.device, 0, 3)), (0.5,))
+    launch._first(*args)
+    run(benchmark, (lambda: launch(0, *args)) if lean else (lambda: launch._first(*args)))

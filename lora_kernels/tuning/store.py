@@ -1,7 +1,8 @@
 """Measured plans: one JSON table per GPU, looked up exactly, then at the nearest measured M in log space; else the heuristic.
 
 A table is `{"gpu": ..., "entries": [{"op", "M", "N", "K", "R", "dtype", "dropout", "plan": {Plan's fields}, "us": {...}}, ...]}`.
-Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`) in `LORA_KERNELS_CACHE` or ~/.cache/lora_kernels, and win.
+Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`) in `$XDG_CACHE_HOME/lora_kernels`,
+by default under ~/.cache, and win.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def table_name(gpu: str) -> str:
 
 def user_folder() -> Path:
     """Where this user's measured tables lie."""
-    return Path(os.environ.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
 
 
 def _key(problem: Problem) -> tuple:

@@ -14,10 +14,10 @@ import triton.language as tl
 def pick(items, i, S: tl.constexpr):
     """items[i] for a run-time i, items being a tuple of S <= 3 pointers or numbers."""
     chosen = items[0]
-    if S > 1:
+    if S > 1:  # noqa: SIM102  S is known when compiling, i is not
         if i == 1:
             chosen = items[1]
-    if S > 2:
+    if S > 2:  # noqa: SIM102
         if i == 2:
             chosen = items[2]
     return chosen

@@ -70,7 +70,7 @@ def heuristic(problem: Problem, arch: int) -> Plan:
 
 
 def _implementation(problem: Problem) -> str:
-    """"triton" where the base GEMM is long enough for a good Triton GEMM to reach cuBLAS, else "torch".
+    """ "triton" where the base GEMM is long enough for a good Triton GEMM to reach cuBLAS, else "torch".
 
     Published figures put such GEMMs at 94 to 102 % of cuBLAS for K >= 2048 with a full machine (research in docs/measured.md); the
     in-place addmm_ costs 2 M N elements of traffic and the separate shrink M K, about 14 % at 8192 x 4096 x 4096. Below, not worth it.

@@ -2,24 +2,24 @@
 
     python benchmarks/bench_batched.py                     CPU: PEFT's mixed batch, a loop over adapters, gather + bmm
     python benchmarks/bench_batched.py --device cuda       GPU: decode and prefill in CUDA graphs, weights rotated so that L2 holds none
-    --backend NAME --json FILE --seconds S --quick
+    --backend NAME --json FILE --rounds N --quick
 
-Every contender's result is checked against float64 first. Then all contenders run in interleaved rounds, in a new order each round; printed
-are the medians over rounds of the time and of its ratio to the base layer's in the same round.
+Every contender's result is checked against float64 first. Then all contenders run in interleaved rounds (`lora_kernels.testing`);
+printed are the medians over rounds of the time and of its ratio to the base layer's in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import random
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from lora_kernels import testing
 from lora_kernels.ops.batch_meta import BatchMeta
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.ops.lora_expand import lora_expand
@@ -39,7 +39,10 @@ def problem(M, N, K, L, R, dtype, device, present, none_share=0.125, sorted_rows
     if M == 1:
         ids[0] = 0
     size = torch.empty((), dtype=dtype).element_size() * (K * N + L * R * (K + N))
-    make = lambda *shape: (torch.randn(*shape, device=device) * shape[-1] ** -0.5).to(dtype)
+
+    def make(*shape):
+        return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).to(dtype)
+
     copies = [(make(N, K), make(L, R, K), make(L, N, R)) for _ in range(max(1, -(-ROTATE_BYTES[device] // size)))]
     scalings = torch.full((L,), 2.0, device=device)
     return torch.randn(M, K, device=device).to(dtype), ids.to(device), scalings, copies
@@ -113,7 +116,13 @@ def contenders(x, ids, scalings, copies, backend, with_peft) -> dict[str, Callab
     return found
 
 
-def graphed(call: Callable[[int], torch.Tensor], n: int) -> Callable[[int], None]:
+def turning(call: Callable[[int], torch.Tensor]) -> Callable[[], object]:
+    """`call` on the next weight copy each time."""
+    turn = itertools.count()
+    return lambda: call(next(turn))
+
+
+def graphed(call: Callable[[int], torch.Tensor], n: int) -> Callable[[], object]:
     """All n weight copies in one CUDA graph; one replay is n calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -124,38 +133,7 @@ def graphed(call: Callable[[int], torch.Tensor], n: int) -> Callable[[int], None
     with torch.cuda.graph(graph, stream=stream):
         for i in range(n):
             call(i)
-    return lambda i: graph.replay()
-
-
-def interleaved(calls: dict[str, Callable], device: str, per_call: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Median microseconds of one layer call, and median ratio to base, over rounds that run every contender once (in turn: a fresh order)."""
-
-    def timed(call, i, repeat):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(repeat):
-                call(i)
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) * 1e3 / repeat
-        start = time.perf_counter()
-        for j in range(repeat):
-            call(i + j)
-        return (time.perf_counter() - start) * 1e6 / repeat
-
-    for call in calls.values():
-        call(0)
-    repeat = max(1, int(2e3 / timed(calls["base"], 0, 3)))
-    rounds, order, until = {name: [] for name in calls}, list(calls), time.perf_counter() + seconds
-    i = 0
-    while len(rounds["base"]) < 7 or time.perf_counter() < until:
-        random.shuffle(order)
-        for name in order:
-            rounds[name].append(timed(calls[name], i, repeat) / per_call)
-        i += 1
-    ratio = lambda name: statistics.median(t / base for t, base in zip(rounds[name], rounds["base"]))
-    return {name: (statistics.median(times), ratio(name)) for name, times in rounds.items()}
+    return graph.replay
 
 
 def shapes(device: str, quick: bool):
@@ -173,14 +151,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per shape")
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--none", action="store_true", help="all rows without an adapter")
     parser.add_argument("--json")
     args = parser.parse_args()
     dtype, rows = getattr(torch, args.dtype), []
     torch.set_grad_enabled(False)
-    random.seed(0)
     for M, N, K, L, R, sorted_rows in shapes(args.device, args.quick):
         x, ids, scalings, copies = problem(M, N, K, L, R, dtype, args.device, L, 1.0 if args.none else 0.125, sorted_rows and not args.none)
         if args.none:
@@ -190,10 +167,10 @@ def main() -> None:
         for name, call in calls.items():
             error = ((call(0).double() - exact).norm() / exact.norm()).item()
             assert name == "base" or error < ALLOWED[dtype], f"{name}: relative RMSE {error:.1e} at M {M} N {N} K {K} L {L}"
-        if args.device == "cuda":
-            calls = {name: graphed(call, len(copies)) for name, call in calls.items()}
-        per_call = len(copies) if args.device == "cuda" else 1
-        found = interleaved(calls, args.device, per_call, args.seconds)
+        n = len(copies) if args.device == "cuda" else 1
+        calls = {name: graphed(call, n) if args.device == "cuda" else turning(call) for name, call in calls.items()}
+        times = testing.timer(args.device)(calls, rounds=args.rounds)
+        found = {name: (statistics.median(t) / n * 1e6, testing.ratio(t, times["base"])) for name, t in times.items()}
         text = "  ".join(f"{name} {us:8.1f} us x{ratio:5.2f}" for name, (us, ratio) in found.items())
         print(f"{args.dtype} M {M:4d} N {N:5d} K {K:5d} L {L:3d} R {R:2d} | {text}", flush=True)
         rows.append(dict(M=M, N=N, K=K, L=L, R=R, dtype=args.dtype, none=args.none, us_and_ratio=found))

@@ -1,6 +1,6 @@
 """Single source files out of the wheels of other projects, fetched by pip when the oracles run; nothing of theirs is kept in the repository.
 
-    python tests/oracles/foreign_files.py sglang vllm     downloads what is missing into the cache folder
+python tests/oracles/foreign_files.py sglang vllm     downloads what is missing into the cache folder
 """
 
 from __future__ import annotations

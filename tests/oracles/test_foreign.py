@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import foreign_files
 import pytest
 import torch
-import foreign_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batched_cases import Batch
-from oracle import relative_rmse
 
+from lora_kernels import testing
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.ops.lora_expand import lora_expand
 from lora_kernels.ops.lora_shrink import lora_shrink
@@ -54,15 +54,15 @@ def test_sglang(backend, case, dtype):
     for slot, r in enumerate(ranks):
         for i in range(S):
             stacked[slot, i * r : (i + 1) * r] = b.pools_a[i][slot, :r]
-    base = [torch.nn.functional.linear(b.x, w, bias) for w, bias in zip(b.weights, b.biases)]
-    weight_indices, lengths = (torch.tensor(v) for v in zip(*runs))
+    base = [torch.nn.functional.linear(b.x, w, bias) for w, bias in zip(b.weights, b.biases, strict=True)]
+    weight_indices, lengths = (torch.tensor(v) for v in zip(*runs, strict=True))
     ranks_t, offsets = torch.tensor(ranks), torch.tensor([0, *torch.tensor(Ns).cumsum(0).tolist()])
     h = ops.sgemm_lora_a_fwd(b.x, stacked, weight_indices, lengths, ranks_t, scalings, S)
     expected = ops.sgemm_lora_b_fwd(h, torch.cat(b.pools_b, 1), weight_indices, lengths, ranks_t, offsets, torch.cat(base, 1))
     pools_b = list(torch.cat(b.pools_b, 1).split(Ns, 1))
     weight, bias = torch.cat(b.weights), torch.cat(b.biases)
     y = lora_batched_linear(b.x, weight, bias, [stacked] * S, pools_b, b.ids, ranks_t, scalings, rank_packed=True, backend=backend)
-    assert relative_rmse(y, expected) < NEAR[dtype]
+    assert testing.relative_rmse(y, expected) < NEAR[dtype]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,9 +77,9 @@ def test_vllm(backend, case, dtype, with_none):
     indices, h = b.ids.long(), torch.zeros(len(ids), R, dtype=dtype)
     ops.bgmv_shrink(b.x, b.pools_a[0].unsqueeze(1), h, indices, 0.5)
     mine = lora_shrink(b.x, b.pools_a[0].unsqueeze(1), b.ids, scalings=torch.full((L,), 0.5), backend=backend)
-    assert relative_rmse(mine, h) < NEAR[dtype]
+    assert testing.relative_rmse(mine, h) < NEAR[dtype]
     expected = torch.nn.functional.linear(b.x, b.weights[0], b.biases[0])
     y = expected.clone()
     ops.bgmv_expand(h, b.pools_b[0].unsqueeze(1), expected, indices, True)
     lora_expand(y, mine.to(dtype), b.pools_b[0].unsqueeze(1), b.ids, backend=backend)
-    assert relative_rmse(y, expected) < NEAR[dtype]
+    assert testing.relative_rmse(y, expected) < NEAR[dtype]

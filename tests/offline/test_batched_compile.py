@@ -114,6 +114,8 @@ def source(fn, args: tuple, options: dict) -> ASTSource:
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return TYPES[value.dtype]
+        if fn.params[path[0]].do_not_specialize:
+            return "i32"
         if value == 1:
             constants[path] = 1
             return "constexpr"

@@ -80,7 +80,7 @@ def scratch(device: torch.device, words: int) -> Tensor:
     return kept
 
 
-def _on_its_device(run):
+def on_its_device(run):
     """Triton launches on the current device: make it that of the first argument."""
 
     @functools.wraps(run)
@@ -211,7 +211,7 @@ def _cut(t: Tensor | None, run: range) -> Tensor | None:
     return None if t is None else t[run.start : run.stop]
 
 
-@_on_its_device
+@on_its_device
 def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
     """As `reference_batched.lora_batched_fwd`, without dropout."""
     x, M = _rows(x), x.shape[0]
@@ -232,7 +232,7 @@ def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings,
     return y, h, mask
 
 
-@_on_its_device
+@on_its_device
 def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_invariant):
     """As `reference_batched.lora_shrink`. Up to 256 rows the work is split along K, summed in a fixed order."""
     x, S = _rows(x), len(pools_a)
@@ -245,7 +245,7 @@ def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, bat
     return h
 
 
-@_on_its_device
+@on_its_device
 def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
     """As `reference_batched.lora_expand`. h is cast here: cast in the kernel it would be a register operand of wgmma."""
     if y.shape[0] == 0:
@@ -259,7 +259,7 @@ def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
         _launch_tiles(yg, yg, h[s], [], None, pools_b[s], _cut(ranks, run), table, block, plan, False)
 
 
-@_on_its_device
+@on_its_device
 def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
     """As `reference_batched.lora_batched_bwd`, without dropout. dx is the forward kernel with (W, A, B) -> (W^T, B^T, A^T)."""
     dy, x = _rows(dy), _rows(x)

@@ -10,7 +10,21 @@ import triton
 import triton.language as tl
 
 # What follows from M and the table's layout: specialised, every new batch size could mean a new compile in the middle of serving.
-UNSPECIALISED = ["M", "srk", "ssc", "o_order", "o_seg_of", "o_seg_start", "o_seg_adapter", "o_blk_start", "o_blk_len", "o_blk_adapter", "max_groups"]
+UNSPECIALISED = [
+    "M",
+    "P",
+    "B",
+    "srk",
+    "ssc",
+    "max_groups",
+    "o_order",
+    "o_seg_of",
+    "o_seg_start",
+    "o_seg_adapter",
+    "o_blk_start",
+    "o_blk_len",
+    "o_blk_adapter",
+]
 
 
 def jit(fn):

@@ -149,7 +149,9 @@ def _takes_all(*_args: object) -> str | None:
     return None
 
 
+from .reference_batched import OPS as _BATCHED  # noqa: E402  it builds on the functions above
+
 OPS = {
     "lora_linear_fwd": (lora_linear_fwd, _takes_all),
     "lora_linear_bwd": (lora_linear_bwd, _takes_all),
-}
+} | _BATCHED

@@ -1,0 +1,78 @@
+"""Validation of the arguments of the many-adapter ops: shapes, dtypes and devices of pools, ranks, scalings and ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import DTYPES, _shape, check_devices
+from ._errors import LoraTypeError, LoraValueError, message
+
+
+def check_pool_a(op: str, x: Tensor, pools_a: list[Tensor], rank_packed: bool) -> None:
+    """Every pool_a is `[L, R, K]` (rank_packed: `[L, S R, K]`), K being x's, all of one shape, in x's dtype or float32."""
+    K, S = x.shape[-1], len(pools_a)
+    for a in pools_a:
+        if a.dim() != 3 or a.shape[2] != K or a.shape != pools_a[0].shape or 0 in a.shape[:2]:
+            got = f"pool_a {', '.join(_shape(p) for p in pools_a)}, x {_shape(x)}"
+            raise LoraValueError(message(f"{op}: pool_a does not fit x", got, f"[L, R, {K}], one L and R >= 1 for all slices"))
+    if rank_packed and pools_a[0].shape[1] % S:
+        raise LoraValueError(message(f"{op}: rank-packed pool_a does not divide into slices", _shape(pools_a[0]), f"[L, {S} R, K]"))
+    _check_dtypes(op, x, pool_a=pools_a)
+
+
+def check_pool_b(op: str, x: Tensor, pools_b: list[Tensor], S: int, L: int, R: int) -> None:
+    """One pool_b `[L, N_i, R]` per slice, in x's dtype or float32."""
+    if len(pools_b) != S or any(b.dim() != 3 or (b.shape[0], b.shape[2]) != (L, R) for b in pools_b):
+        got = ", ".join(_shape(p) for p in pools_b)
+        raise LoraValueError(message(f"{op}: pool_b does not fit pool_a", f"pool_b {got}", f"{S} x [{L}, N, {R}]", "pool_b is [L, N, R]"))
+    _check_dtypes(op, x, pool_b=pools_b)
+
+
+def check_base(op: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pools_b: list[Tensor]) -> None:
+    """One weight `[N_i, K]` and bias `[N_i]` or None per slice, in x's dtype."""
+    for w, bias, b in zip(weights, biases, pools_b):
+        N = b.shape[1]
+        if w.shape != (N, x.shape[-1]):
+            raise LoraValueError(message(f"{op}: weight does not fit x and pool_b", f"weight {_shape(w)}", f"[{N}, {x.shape[-1]}]"))
+        if bias is not None and bias.shape != (N,):
+            raise LoraValueError(message(f"{op}: bias does not fit weight", f"bias {_shape(bias)}", f"[{N}] or None"))
+        if w.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+            got = f"x {x.dtype}, weight {w.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+            raise LoraTypeError(message(f"{op}: x, weight and bias differ in dtype", got, "one dtype", "cast x, or run under torch.autocast"))
+        check_devices(op, x=x, weight=w, bias=bias)
+
+
+def _check_dtypes(op: str, x: Tensor, **pools: list[Tensor]) -> None:
+    if x.dtype not in DTYPES:
+        raise LoraTypeError(message(f"{op}: x has an unsupported dtype", x.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
+    for name, tensors in pools.items():
+        for t in tensors:
+            if t.dtype != tensors[0].dtype or t.dtype not in (x.dtype, torch.float32):
+                raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, f"{x.dtype} (as x) or torch.float32"))
+            check_devices(op, x=x, **{name: t})
+
+
+def per_slice(op: str, name: str, t: Tensor | None, dtype: torch.dtype, S: int, L: int, device: torch.device) -> Tensor | None:
+    """ranks or scalings `[L]` or `[S, L]` as `[S, L]` of `dtype`, without a copy where the type fits."""
+    if t is None:
+        return None
+    if t.shape not in ((L,), (S, L)):
+        raise LoraValueError(message(f"{op}: {name} does not fit the pools", f"{name} {_shape(t)}", f"[{L}] or [{S}, {L}]"))
+    if t.is_floating_point() != dtype.is_floating_point:
+        raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, dtype))
+    if t.device != device:
+        raise LoraValueError(message(f"{op}: {name} on another device", t.device, device, f"{name}.to(x.device)"))
+    t = t.to(dtype)
+    if t.stride(-1) != 1:
+        t = t.contiguous()
+    return t.expand(S, L)
+
+
+def check_ranks(op: str, ranks: Tensor | None, R: int) -> None:
+    """Every rank from 0 to R; read on a CPU only, where that costs no wait."""
+    if ranks is None or ranks.device.type != "cpu" or torch.compiler.is_compiling() or ranks.numel() == 0:
+        return
+    low, high = (int(v) for v in ranks.aminmax())
+    if low < 0 or high > R:
+        raise LoraValueError(message(f"{op}: a true rank outside the pool", f"ranks from {low} to {high}", f"0 to {R}"))

@@ -1,0 +1,74 @@
+"""`BatchMeta`: which row of a batch uses which adapter, prepared once per forward and shared by all layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _batch_table, _device
+from .._errors import LoraTypeError, LoraValueError, message
+
+
+def check_ids(op: str, ids: Tensor, L: int) -> None:
+    """Raise when an id is outside -1 ... L - 1. On a GPU only with LORA_KERNELS_CHECK_IDS=1, for it waits for the device."""
+    if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
+        return
+    if ids.device.type != "cpu" and not _device.env_flag("LORA_KERNELS_CHECK_IDS"):
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < -1 or high >= L:
+        raise LoraValueError(
+            message(f"{op}: token_lora_mapping names an adapter outside the pool", f"ids from {low} to {high}", f"-1 (none) to {L - 1}")
+        )
+
+
+def as_ids(op: str, ids: Tensor) -> Tensor:
+    """`[M]` contiguous int32."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise LoraTypeError(message(f"{op}: token_lora_mapping has no usable type", got, "an int32 tensor, one id per row", "ids.to(torch.int32)"))
+    return ids.reshape(-1).to(torch.int32).contiguous()
+
+
+class BatchMeta:
+    """The adapter of every row, with the sort order, segments and token blocks that GPU kernels need.
+
+    Args:
+        token_lora_mapping: int32 `[M]`, adapter of each row, -1 = none. Not kept: `meta.ids` is a copy at an address of its own.
+        num_adapters: L, the number of slots of the pools it will be used with.
+        batch_invariant: whether results must not depend on M either; None reads LORA_KERNELS_BATCH_INVARIANT.
+
+    On a GPU everything is computed there, without waiting for it, into tensors whose addresses and sizes depend on (M, L) alone: build it
+    once per forward, or once per batch size and `update_` it before replaying a CUDA graph that was captured with it.
+    Ids outside -1 ... L - 1 raise on a CPU; on a GPU they count as none, and raise when LORA_KERNELS_CHECK_IDS=1.
+    """
+
+    def __init__(self, token_lora_mapping: Tensor, num_adapters: int, batch_invariant: bool | None = None):
+        ids = as_ids("BatchMeta", token_lora_mapping)
+        check_ids("BatchMeta", ids, num_adapters)
+        self.num_adapters = num_adapters
+        self.batch_invariant = _device.env_flag("LORA_KERNELS_BATCH_INVARIANT") if batch_invariant is None else batch_invariant
+        self.block = _batch_table.default_block(ids.shape[0], self.batch_invariant)
+        self.ids = ids.clone()
+        self.table = None
+        if ids.device.type != "cpu":  # CPU kernels sort the ids themselves
+            size = _batch_table.layout(ids.shape[0], num_adapters, self.block).size
+            self.table = _batch_table.build(self.ids, num_adapters, self.block, ids.new_empty(size))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.shape[0]
+
+    def update_(self, token_lora_mapping: Tensor) -> BatchMeta:
+        """Another mapping for the same number of rows, in place; safe inside and outside CUDA graph capture."""
+        ids = as_ids("BatchMeta.update_", token_lora_mapping)
+        if ids.shape != self.ids.shape:
+            got, allowed = f"{ids.shape[0]} ids", f"{self.num_tokens}, as at the start"
+            raise LoraValueError(
+                message("BatchMeta.update_: another number of rows", got, allowed, "build one BatchMeta per batch size, pad with -1")
+            )
+        check_ids("BatchMeta.update_", ids, self.num_adapters)
+        self.ids.copy_(ids)
+        if self.table is not None:
+            _batch_table.build(self.ids, self.num_adapters, self.block, self.table)
+        return self

@@ -1,0 +1,269 @@
+"""`lora_batched_linear`: a linear layer whose rows each use their own adapter, or none, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _batch_table, _checks, _checks_batched, _device
+from .._errors import LoraKernelsError, LoraValueError, message
+from .batch_meta import BatchMeta, as_ids, check_ids
+from .lora_linear import _autocasts, _run, draw_seed
+
+_FWD = "lora_batched_fwd"
+_BWD = "lora_batched_bwd"
+
+torch.library.define(
+    f"lora_kernels::{_FWD}",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] pools_a, Tensor[] pools_b, Tensor ids, Tensor? ranks, Tensor? scalings,"
+    " Tensor? dropout_p, Tensor? seed, Tensor? table, int block, bool rank_packed, bool batch_invariant,"
+    " str backend, bool strict) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    f"lora_kernels::{_BWD}",
+    "(Tensor dy, Tensor x, Tensor[] weights, Tensor[] pools_a, Tensor[] pools_b, Tensor h, Tensor mask, Tensor ids, Tensor? ranks,"
+    " Tensor? scalings, Tensor? dropout_p, Tensor? table, int block, bool need_dx, bool need_da, bool need_db,"
+    " str backend, bool strict) -> (Tensor, Tensor[], Tensor[])",
+)
+
+
+@torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
+def _fwd_impl(x, *rest):
+    *args, backend, strict = rest
+    return _run(_FWD, x.device.type, backend, strict, (x, *args))
+
+
+@torch.library.impl(f"lora_kernels::{_BWD}", "CompositeExplicitAutograd")
+def _bwd_impl(dy, *rest):
+    *args, backend, strict = rest
+    return _run(_BWD, dy.device.type, backend, strict, (dy, *args))
+
+
+@torch.library.register_fake(f"lora_kernels::{_FWD}")
+def _fwd_fake(
+    x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant, backend, strict
+):
+    M, K = x.shape
+    mask = x.new_empty((0,) if dropout_p is None else (M, (K + 31) // 32), dtype=torch.int32)
+    return x.new_empty((M, sum(w.shape[0] for w in weights))), x.new_empty((len(weights), M, pools_b[0].shape[2])), mask
+
+
+@torch.library.register_fake(f"lora_kernels::{_BWD}")
+def _bwd_fake(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db, backend, strict):
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    return dx, [a.new_empty(a.shape) for a in pools_a] if need_da else [], [b.new_empty(b.shape) for b in pools_b] if need_db else []
+
+
+_fwd = torch.ops.lora_kernels.lora_batched_fwd.default
+_bwd = torch.ops.lora_kernels.lora_batched_bwd.default
+
+
+class _Call(NamedTuple):
+    """What a call carries besides its differentiable tensors."""
+
+    ids: Tensor
+    ranks: Tensor | None
+    scalings: Tensor | None
+    dropout_p: Tensor | None
+    seed: Tensor | None
+    table: Tensor | None
+    block: int
+    rank_packed: bool
+    batch_invariant: bool
+    backend: str
+    strict: bool
+
+
+class _LoraBatched(torch.autograd.Function):
+    """Saves x (not copied), h [S, M, R] and the keep mask. The forward op is the one that serving calls, so its bits are serving's."""
+
+    @staticmethod
+    def forward(ctx, call, S, x, *tensors):
+        weights, biases, pools_a, pools_b = (list(tensors[i * S : (i + 1) * S]) for i in range(4))
+        y, h, mask = _fwd(x, weights, biases, pools_a, pools_b, *call)
+        ctx.save_for_backward(x, *weights, *pools_a, *pools_b, h, mask)
+        ctx.call, ctx.slices, ctx.widths = call, S, [w.shape[0] for w in weights]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        call, S, (x, *saved, h, mask) = ctx.call, ctx.slices, ctx.saved_tensors
+        weights, pools_a, pools_b = (saved[i * S : (i + 1) * S] for i in range(3))
+        needs = ctx.needs_input_grad[2:]
+        need_dx, need_bias, need_da, need_db = needs[0], needs[1 + S : 1 + 2 * S], needs[1 + 2 * S : 1 + 3 * S], needs[1 + 3 * S :]
+        constants = (call.ids, call.ranks, call.scalings, call.dropout_p, call.table, call.block)
+        dx, da, db = _bwd(dy, x, weights, pools_a, pools_b, h, mask, *constants, need_dx, any(need_da), any(need_db), call.backend, call.strict)
+        dbias = [part.sum(0) if need else None for part, need in zip(dy.split(ctx.widths, 1), need_bias)]
+        wanted = [*zip(da or [None] * S, need_da), *zip(db or [None] * S, need_db)]
+        return None, None, dx if need_dx else None, *[None] * S, *dbias, *[g if need else None for g, need in wanted]
+
+
+# ------------------------------------------------------------------------------------------------------- arguments, shared
+
+
+def as_list(t: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [t] if isinstance(t, Tensor) else list(t)
+
+
+def squeeze_slab(pool: Tensor) -> Tensor:
+    """`[L, 1, R, K]`, the layout of vLLM's slabs, as the view `[L, R, K]`."""
+    return pool.squeeze(1) if pool.dim() == 4 and pool.shape[1] == 1 else pool
+
+
+def resolve_meta(op: str, meta: BatchMeta | Tensor, M: int, L: int, x: Tensor, batch_invariant: bool | None) -> BatchMeta:
+    """The caller's BatchMeta after checks, or one built for this call from plain ids."""
+    if not isinstance(meta, BatchMeta):
+        ids = as_ids(op, meta)
+        if ids.shape[0] == M and ids.device == x.device:
+            if x.device.type == "cpu":
+                check_ids(op, ids, L)
+                return _PlainIds(ids, L, batch_invariant)
+            return BatchMeta(ids, L, batch_invariant)
+        meta = _PlainIds(ids, L, batch_invariant)
+    if meta.num_tokens != M:
+        allowed = f"{M}, one id per row of x (flattened to [M, K])"
+        raise LoraValueError(message(f"{op}: token_lora_mapping does not fit x", f"{meta.num_tokens} ids", allowed))
+    if meta.ids.device != x.device:
+        raise LoraValueError(message(f"{op}: token_lora_mapping on another device", meta.ids.device, x.device, "move it with .to(x.device)"))
+    if meta.num_adapters != L:
+        raise LoraValueError(message(f"{op}: this BatchMeta was built for other pools", f"{meta.num_adapters} adapters", f"{L}, as pool_a"))
+    if batch_invariant is not None and batch_invariant != meta.batch_invariant:
+        raise LoraValueError(message(f"{op}: batch_invariant differs from the BatchMeta's", batch_invariant, meta.batch_invariant))
+    return meta
+
+
+class _PlainIds(BatchMeta):
+    """Checked ids of one call on a CPU, used where they lie."""
+
+    def __init__(self, ids: Tensor, L: int, batch_invariant: bool | None):
+        self.ids, self.num_adapters, self.table = ids, L, None
+        self.batch_invariant = _device.env_flag("LORA_KERNELS_BATCH_INVARIANT") if batch_invariant is None else batch_invariant
+        self.block = _batch_table.default_block(ids.shape[0], self.batch_invariant)
+
+
+def _dropout_table(op: str, dropout_p: float | Tensor | None, training: bool, L: int, device: torch.device) -> Tensor | None:
+    """Probabilities float32 `[L]`, or None where nothing is dropped."""
+    if dropout_p is None or not training:
+        return None
+    if isinstance(dropout_p, Tensor):
+        if dropout_p.shape != (L,) or not dropout_p.is_floating_point():
+            raise LoraValueError(message(f"{op}: dropout_p does not fit the pools", f"{dropout_p.dtype} {list(dropout_p.shape)}", f"float [{L}]"))
+        return dropout_p.to(device, torch.float32)
+    _checks.check_dropout(op, dropout_p)
+    return torch.full((L,), float(dropout_p), device=device) if dropout_p > 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- public
+
+
+def lora_batched_linear(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None,
+    pool_a: Tensor | Sequence[Tensor],
+    pool_b: Tensor | Sequence[Tensor],
+    token_lora_mapping: Tensor | BatchMeta,
+    ranks: Tensor | None = None,
+    scalings: Tensor | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+    batch_invariant: bool | None = None,
+    dropout_p: float | Tensor | None = None,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    rank_packed: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Frozen linear layer in which every row uses its own low-rank adapter, or none, in one op.
+
+    Equivalent to:
+        y = F.linear(x, weight, bias)
+        for m, l in enumerate(token_lora_mapping):
+            if l >= 0: y[m] += scalings[l] * F.linear(F.linear(x[m], pool_a[l, :ranks[l]]), pool_b[l, :, :ranks[l]])
+
+    Several output slices that share x (q/k/v, gate/up): give lists for pool_a and pool_b, and either one weight and bias of all slices
+    stacked (one y comes back) or lists of them (a tuple of views into one y comes back).
+
+    Args:
+        x: `[..., K]` bfloat16, float16 or float32, M rows.
+        weight: `[N, K]`, x's dtype, frozen.
+        bias: `[N]` or None.
+        pool_a: `[L, R, K]` or `[L, 1, R, K]`, x's dtype or float32; views with any strides are used where they lie.
+        pool_b: `[L, N, R]` or `[L, 1, N, R]`.
+        token_lora_mapping: int32 `[M]`, adapter of each row, -1 = none; or a `BatchMeta`, built once for all layers of a forward.
+        ranks: int32 `[L]` (or `[S, L]`, per slice), the true ranks, 0 to R; all R when None. Rank 0 and -1 do no work.
+        scalings: float32 `[L]` (or `[S, L]`), applied to the float32 sums of h; all 1 when None.
+        backend, strict: as in `lora_linear`.
+        batch_invariant: a row's bits do not depend on M either: one plan for every M. None reads LORA_KERNELS_BATCH_INVARIANT.
+        dropout_p: of the low-rank branch's input, a number or float `[L]`, applied when training.
+        seed: of the dropout mask; drawn from torch's generator when None.
+        rank_packed: the slices of pool_a lie behind each other at the true rank (SGLang): every pool_a entry is the same `[L, S R, K]`.
+
+    Returns:
+        `[..., N]` in x's dtype. A row's bits are the same on every run, and whatever the other rows of the batch and their adapters are.
+
+    Gradients: x, pool_a, pool_b (dense, in the pools' dtypes, zero for adapters without rows) and bias, summed in a fixed order.
+
+    Raises:
+        LoraValueError, LoraTypeError: shapes, dtypes, devices that do not fit; on a CPU also ids and ranks outside the pools. On a GPU such
+            ids count as none (LORA_KERNELS_CHECK_IDS=1 raises, after waiting for the device).
+        BackendError: strict, and the backend cannot run this call.
+
+    Fallback: cuda -> triton -> reference on a GPU, cpu -> reference on a CPU, each reason logged once.
+    Source: Punica, arXiv:2310.18547 (SGMV, BGMV); S-LoRA, arXiv:2311.03285 (true ranks).
+    """
+    op = "lora_batched_linear"
+    pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
+    S, stacked = len(pools_a), isinstance(weight, Tensor)
+    if _autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        cast = lambda t: t if t is None else t.to(dtype)
+        x, weight = cast(x), cast(weight) if stacked else [cast(w) for w in weight]
+        bias = cast(bias) if bias is None or isinstance(bias, Tensor) else [cast(b) for b in bias]
+    _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
+    L, R = pools_a[0].shape[0], pools_a[0].shape[1] // (S if rank_packed else 1)
+    _checks_batched.check_pool_b(op, x, pools_b, S, L, R)
+    weights, biases = _split_base(op, weight, bias, [b.shape[1] for b in pools_b])
+    _checks_batched.check_base(op, x, weights, biases, pools_b)
+    _checks.check_backend(op, backend)
+
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    meta = resolve_meta(op, token_lora_mapping, flat.shape[0], L, x, batch_invariant)
+    ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
+    _checks_batched.check_ranks(op, ranks, R)
+    scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
+    dropout_p = _dropout_table(op, dropout_p, training, L, x.device)
+    seed = None if dropout_p is None else draw_seed(seed, x.device)
+    call = _Call(meta.ids, ranks, scalings, dropout_p, seed, meta.table, meta.block, rank_packed, meta.batch_invariant, backend, strict)
+    tensors = (flat, *weights, *biases, *pools_a, *pools_b)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if rank_packed:
+            raise LoraKernelsError(message(f"{op}: no gradients with rank_packed", allowed="serving only", fix="use one pool_a per slice"))
+        if any(w.requires_grad for w in weights):
+            fix = "weight.requires_grad_(False)"
+            raise LoraValueError(message(f"{op}: weight requires grad, but only the adapters are trained", fix=fix))
+        y = _LoraBatched.apply(call, S, *tensors)
+    else:
+        y = _fwd(flat, weights, biases, pools_a, pools_b, *call)[0]
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return y if stacked else y.split([w.shape[0] for w in weights], -1)
+
+
+def _split_base(op, weight, bias, widths) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and biases per slice, as views."""
+    S = len(widths)
+    if isinstance(weight, Tensor):
+        if S == 1:
+            return [weight], [bias]
+        if weight.shape[0] != sum(widths) or (bias is not None and bias.shape != (sum(widths),)):
+            got = f"weight {list(weight.shape)}" + ("" if bias is None else f", bias {list(bias.shape)}")
+            raise LoraValueError(message(f"{op}: stacked weight or bias does not fit pool_b", got, f"N = {sum(widths)}, the sum over slices"))
+        return list(weight.split(widths)), [None] * S if bias is None else list(bias.split(widths))
+    biases = [None] * S if bias is None else as_list(bias)
+    if len(weight) != S or len(biases) != S:
+        got = f"{len(weight)} weights, {len(biases)} biases, {S} pools"
+        raise LoraValueError(message(f"{op}: lists of different lengths", got, "one weight, bias and pool pair per slice"))
+    return list(weight), biases

@@ -1,0 +1,84 @@
+"""`lora_expand`: y += h B^T in place with each row's own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _checks_batched
+from .._errors import LoraValueError, message
+from .batch_meta import BatchMeta
+from .lora_batched import as_list, resolve_meta, squeeze_slab
+from .lora_linear import _run
+from .lora_shrink import refuse_grad
+
+torch.library.define(
+    "lora_kernels::lora_expand",
+    "(Tensor(a!) y, Tensor h, Tensor[] pools_b, Tensor ids, Tensor? ranks, Tensor? table, int block, bool batch_invariant,"
+    " str backend, bool strict) -> ()",
+)
+
+
+@torch.library.impl("lora_kernels::lora_expand", "CompositeExplicitAutograd")
+def _impl(y, *rest):
+    *args, backend, strict = rest
+    _run("lora_expand", y.device.type, backend, strict, (y, *args))
+
+
+@torch.library.register_fake("lora_kernels::lora_expand")
+def _fake(y, h, pools_b, ids, ranks, table, block, batch_invariant, backend, strict):
+    return None
+
+
+def lora_expand(
+    y: Tensor,
+    h: Tensor,
+    pool_b: Tensor | Sequence[Tensor],
+    meta: BatchMeta | Tensor,
+    ranks: Tensor | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+    batch_invariant: bool | None = None,
+) -> Tensor:
+    """Adds every row's low-rank update to y in place; h comes from `lora_shrink` and carries the scaling.
+
+    Equivalent to:
+        for m, l in enumerate(token_lora_mapping):
+            if l >= 0: y[m] += F.linear(h[m, :ranks[l]].to(y.dtype), pool_b[l, :, :ranks[l]])
+
+    Args:
+        y: `[..., N]`, the base layer's output; a view that flattens to `[M, N]` without a copy. For a list of pools N is their sum.
+        h: float32 or y's dtype, `[M, R]`, or `[S, M, R]` for a list of pools.
+        pool_b: `[L, N, R]` or `[L, 1, N, R]`, y's dtype or float32.
+        meta, ranks, backend, strict, batch_invariant: as in `lora_batched_linear`.
+
+    Returns: y.
+    Raises: as `lora_shrink`.
+    Fallback: cuda -> triton -> reference on a GPU, cpu -> reference on a CPU.
+    Source: Punica, arXiv:2310.18547.
+    """
+    op = "lora_expand"
+    pools_b = [squeeze_slab(p) for p in as_list(pool_b)]
+    S, N = len(pools_b), sum(p.shape[1] for p in pools_b)
+    h = h.unsqueeze(0) if h.dim() == 2 and S == 1 else h
+    if h.dim() != 3 or h.shape[0] != S or y.shape[-1] != N or h.shape[1] * N != y.numel():
+        got = f"h {list(h.shape)}, y {list(y.shape)}"
+        raise LoraValueError(message(f"{op}: h and y do not fit pool_b", got, f"h [{S}, M, R], y [..., {N}] with M rows"))
+    _checks_batched.check_pool_b(op, y, pools_b, S, pools_b[0].shape[0], h.shape[2])
+    _checks.check_backend(op, backend)
+    _checks.check_devices(op, y=y, h=h)
+    if h.dtype not in (y.dtype, torch.float32):
+        raise LoraValueError(message(f"{op}: h has an unsupported dtype", h.dtype, f"{y.dtype} (as y) or torch.float32"))
+    refuse_grad(op, y, h, *pools_b)
+    try:
+        flat = y if y.dim() == 2 else y.view(-1, N)
+    except RuntimeError as error:
+        raise LoraValueError(message(f"{op}: y cannot be written in place", f"strides {y.stride()}", "rows that flatten to [M, N]")) from error
+    L = pools_b[0].shape[0]
+    meta = resolve_meta(op, meta, flat.shape[0], L, y, batch_invariant)
+    ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, y.device)
+    _checks_batched.check_ranks(op, ranks, h.shape[2])
+    torch.ops.lora_kernels.lora_expand.default(flat, h, pools_b, meta.ids, ranks, meta.table, meta.block, meta.batch_invariant, backend, strict)
+    return y

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import _device
+from ..ops.batch_meta import BatchMeta
+from ..ops.lora_batched import lora_batched_linear
 from .contestants import Bound, Contestant, _base
 from .problem import SCALING, Operands
 from .shapes import Case
@@ -58,17 +60,9 @@ def _peft_mixed(ops: Operands, case: Case) -> Bound:
 
 def _ours(ops: Operands, case: Case) -> Bound:
     """The mapping is prepared once per step and shared by all layers, so it lies outside the clock, as for the others."""
-    import lora_kernels as lk
-
     scalings = torch.full((case.L,), SCALING, device=ops.x.device)
-    ids = lk.BatchMeta(ops.ids, case.L) if hasattr(lk, "BatchMeta") else ops.ids
-    return Bound(lambda: lk.lora_batched_linear(ops.x, ops.weight, None, ops.lora_a, ops.lora_b, ids, scalings=scalings), (ops.x,))
-
-
-def _no_batched_op(case: Case, device: torch.device) -> str | None:
-    import lora_kernels
-
-    return None if hasattr(lora_kernels, "lora_batched_linear") else "this build has no lora_batched_linear"
+    meta = BatchMeta(ops.ids, case.L)
+    return Bound(lambda: lora_batched_linear(ops.x, ops.weight, None, ops.lora_a, ops.lora_b, meta, scalings=scalings), (ops.x,))
 
 
 def _peft_missing(case: Case, device: torch.device) -> str | None:
@@ -87,7 +81,7 @@ def contestants() -> list[Contestant]:
         Contestant("peft_mixed", "PEFT's mixed batch (adapter_names), one token per sequence", _peft_mixed, _peft_missing),
         *peers.batched(),
         Contestant("liger", "", _loop, lambda case, device: "Liger has no LoRA kernel"),
-        Contestant("ours", "lora_batched_linear, best backend for the call", _ours, _no_batched_op),
+        Contestant("ours", "lora_batched_linear, best backend for the call", _ours),
     ]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line to stderr at every start and stop otherwise
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _env
+from .. import _device, _env
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
@@ -36,13 +36,12 @@ def commit() -> str | None:
 @functools.cache
 def _cpu() -> dict:
     info = Path("/proc/cpuinfo")
-    lines = dict(re.findall(r"^(\w[\w ]*?)\s*:\s*(.*)$", info.read_text(), re.MULTILINE)) if info.is_file() else {}
-    name = lines.get("model name") or platform.processor() or platform.machine()
-    return {"name": name, "cores": os.cpu_count(), "isa": torch.backends.cpu.get_cpu_capability(), "mhz": lines.get("cpu MHz")}
+    mhz = re.search(r"^cpu MHz\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return {"name": _device.cpu_name(), "cores": os.cpu_count(), "isa": torch.backends.cpu.get_cpu_capability(), "mhz": mhz and mhz[1]}
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()["name"]
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _device.cpu_name()
 
 
 def folder_name(device: torch.device) -> str:

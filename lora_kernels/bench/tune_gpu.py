@@ -1,0 +1,156 @@
+"""The GPU's plans: Triton forms and tiles that fit the device, and cuBLAS + addmm_, each checked against float64 before it is timed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .. import _device, reference, testing
+from ..ops import _registry
+from ..tuning import store
+from ..tuning.plan import FORMS, Plan, Problem, heuristic, tma_arch
+from .problem import SCALING, Operands, count_sets, exact, operands
+from .shapes import Case
+from .timing import Ratio, quantile, time_cuda
+
+# BM, BN, BK, warps, stages
+TILES = (
+    (256, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 4),
+    (128, 128, 32, 8, 4),
+    (64, 256, 64, 4, 4),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 5),
+    (64, 64, 64, 4, 5),
+)
+MAX_ACCUMULATORS = 128  # fp32 accumulators per thread; above, tiles spill: 128 x 256 wants 8 warps
+
+
+def fits(plan: Plan, problem: Problem, shared_limit: int) -> bool:
+    """Whether the pipelined tiles fit into shared memory and the accumulators into registers, by the least a kernel can need."""
+    shared = plan.stages * plan.block_k * (plan.block_m + plan.block_n) * problem.dtype.itemsize
+    return shared <= shared_limit and plan.block_m * plan.block_n <= MAX_ACCUMULATORS * 32 * plan.warps
+
+
+def candidates(problem: Problem, arch: int, shared_limit: int) -> list[Plan]:
+    """Distinct plans that can run: the heuristic's first, then cuBLAS, then every form and tile that fits."""
+    first = heuristic(problem, arch)
+    plans = [first, replace(first, implementation="torch"), replace(first, implementation="triton")]
+    for form in FORMS:
+        if form != "pointer" and (not tma_arch(arch) or problem.dtype == torch.float32):
+            continue
+        if form == "column0" and (problem.R > 64 or problem.dropout):
+            continue
+        plans += [Plan("triton", form, *tile) for tile in TILES]
+    return list(dict.fromkeys(plan for plan in plans if plan.implementation == "torch" or fits(plan, problem, shared_limit)))
+
+
+def label(plan: Plan) -> str:
+    if plan.implementation == "torch":
+        return "torch"
+    return f"{plan.form} {plan.block_m}x{plan.block_n}x{plan.block_k} w{plan.warps} s{plan.stages}"
+
+
+class GpuTarget:
+    tokens = (64, 256, 1024, 4096, 16384)
+
+    def __init__(self, device: torch.device):
+        self.device = torch.device(device.type, device.index or 0)
+
+    def missing(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "there is no GPU"
+        found = _registry.provider("triton")
+        return found if isinstance(found, str) else None
+
+    def jobs(self, sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict]:
+        """For "dx" N and K change places: N is the layer's in features."""
+        jobs = []
+        for K, N in sizes:
+            for R in ranks:
+                for M in tokens:
+                    for op, n, k in (("fwd", N, K), ("dx", K, N)):
+                        jobs += [{"op": op, "M": M, "N": n, "K": k, "R": R, "dtype": "bfloat16", "dropout": drop} for drop in (False, True)]
+        return jobs
+
+    def measure(self, job: dict) -> dict:
+        problem = Problem(job["op"], job["M"], job["N"], job["K"], job["R"], getattr(torch, job["dtype"]), job["dropout"])
+        forward = problem.op == "fwd"
+        N, K = (problem.N, problem.K) if forward else (problem.K, problem.N)
+        case = Case("tune", job["op"], problem.M, K, N, problem.R, mode="forward" if forward else "forward+backward", dtype=job["dtype"])
+        case = replace(case, dropout=0.05 if problem.dropout else 0.0)
+        sets = [operands(case, self.device, seed) for seed in range(count_sets(case, self.device))]
+        wanted = _Wanted(case, sets[0], problem)
+        limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+        major, minor = _device.cuda_capability(self.device.index)
+        calls, plans, skipped = {}, {}, {}
+        for plan in candidates(problem, 10 * major + minor, limit):
+            name = label(plan)
+            try:
+                with mock.patch.object(store, "choose", lambda problem, device, plan=plan: plan):  # what a call is prepared with
+                    runs = [_prepare(plan, problem, case, ops) for ops in sets]
+                    wrong = wanted.refuses(runs[0]())
+            except Exception as error:  # out of shared memory or registers, or a compiler's failure
+                wrong = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            if wrong:
+                skipped[name] = wrong
+                continue
+            calls[name], plans[name] = (lambda i, runs=runs: runs[i % len(runs)]()), plan
+        times, _ = time_cuda(calls, len(sets), budget=0.2)
+        chosen = best(times)
+        us = {name: 1e6 * quantile(seconds, 0.5) for name, seconds in times.items()}
+        return {"plan": asdict(plans[chosen]), "chosen": chosen, "us": us, "skipped": skipped}
+
+
+def best(times: dict[str, list[float]]) -> str:
+    """The fastest by median, unless its lead over the first (the heuristic's) is within the spread."""
+    first = next(iter(times))
+    fastest = min(times, key=lambda name: quantile(times[name], 0.5))
+    return fastest if Ratio.of(times[fastest], times[first]).resolved else first
+
+
+class _Wanted:
+    """The check of one problem: y or dx against float64, with the mask every backend draws from this seed."""
+
+    def __init__(self, case: Case, ops: Operands, problem: Problem):
+        self.name = "y" if problem.op == "fwd" else "dx"
+        keep = None
+        if case.dropout:
+            mask = reference.dropout_mask(_seed(ops), case.M, case.K, case.dropout)
+            keep = reference.unpack_bits(mask, case.K)
+        self.exact = exact(case, ops, keep=keep)[self.name]
+        self.eager = exact(case, ops, keep=keep, dtype=problem.dtype)[self.name]
+
+    def refuses(self, got: Tensor) -> str | None:
+        ratio = testing.error_ratio(got, self.eager, self.exact)
+        return None if ratio <= testing.ALLOWED_RATIO else f"wrong: {ratio:.1f} times plain PyTorch's error"
+
+
+def _seed(ops: Operands) -> Tensor:
+    return torch.tensor([20], dtype=torch.int64, device=ops.x.device)
+
+
+def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands):
+    """A call of the whole launch sequence that makes y (or dx) under this plan."""
+    from ..kernels import lora_linear as triton_ops
+    from ..kernels._launch import on_device
+
+    x, w, a, b, seed = ops.x.detach(), ops.weight, ops.lora_a, ops.lora_b, _seed(ops) if case.dropout else None
+    if problem.op == "fwd":
+        if plan.implementation == "torch" and not case.dropout:
+            return lambda: reference.lora_linear_fwd(x, w, None, a, b, SCALING, 0.0, None)[0]
+        forward = triton_ops.Forward(x, w, None, a, b, case.dropout)
+        return lambda: on_device(x, forward, x, w, None, a, b, SCALING, seed)[0]
+    mask = reference.dropout_mask(seed, case.M, case.K, case.dropout) if case.dropout else x.new_empty(0, dtype=torch.int32)
+    h = x.new_empty(case.M, case.R)
+    needs = (True, False, False)
+    if plan.implementation == "torch" and not case.dropout:
+        return lambda: reference.lora_linear_bwd(ops.dy, x, w, a, b, h, mask, SCALING, 0.0, *needs)[0]
+    backward = triton_ops.Backward(ops.dy, x, w, a, b, case.dropout, *needs)
+    return lambda: on_device(x, backward, ops.dy, x, w, a, b, h, mask, SCALING)[0]

@@ -83,5 +83,3 @@ def contestants() -> list[Contestant]:
         Contestant("liger", "", _loop, lambda case, device: "Liger has no LoRA kernel"),
         Contestant("ours", "lora_batched_linear, best backend for the call", _ours),
     ]
-
-

@@ -10,21 +10,21 @@ from . import records
 from .records import case_of
 from .shapes import Case
 
-LABELS = {
-    "naive": "naive PyTorch",
-    "addmm": "in-place addmm_",
-    "compile": "torch.compile",
-    "peft": "PEFT (fp32 adapters)",
-    "peft_low": "PEFT (bf16 adapters)",
-    "ours": "lora_kernels",
-    "ours_fp32": "lora_kernels (fp32 adapters)",
-    "loop": "loop over adapters",
-    "gather_bmm": "gather + bmm",
-    "peft_mixed": "PEFT mixed batch",
-    "base": "frozen layer alone",
+# contestant -> name, colour, mark
+STYLES = {
+    "naive": ("naive PyTorch", "#7f7f7f", "s"),
+    "addmm": ("in-place addmm_", "#8c564b", "v"),
+    "compile": ("torch.compile", "#9467bd", "^"),
+    "peft": ("PEFT (fp32 adapters)", "#d62728", "D"),
+    "peft_low": ("PEFT (bf16 adapters)", "#ff7f0e", "p"),
+    "ours": ("lora_kernels", "#1f77b4", "o"),
+    "ours_fp32": ("lora_kernels (fp32 adapters)", "#17becf", "P"),
+    "loop": ("loop over adapters", "#8c564b", "v"),
+    "gather_bmm": ("gather + bmm", "#9467bd", "^"),
+    "peft_mixed": ("PEFT mixed batch", "#d62728", "D"),
+    "base": ("frozen layer alone", "#444444", "x"),
 }
-COLORS = dict(zip(LABELS, ["#7f7f7f", "#8c564b", "#9467bd", "#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#8c564b", "#9467bd", "#d62728", "#444444"], strict=True))
-MARKS = dict(zip(LABELS, "sv^Do" + "oPv^Dx", strict=True))
+LABELS = {name: style[0] for name, style in STYLES.items()}
 
 
 def _figure():
@@ -68,8 +68,9 @@ def _line(axes, points: list[tuple[int, float, float, float]], name: str, label:
     points.sort()
     x, y, low, high = zip(*points, strict=True)
     bars = [[m - a for m, a in zip(y, low, strict=True)], [b - m for m, b in zip(y, high, strict=True)]]
-    style = {"color": COLORS.get(name), "marker": MARKS.get(name, "o"), "markersize": 4.5, "linewidth": 1.5} | style
-    axes.errorbar(x, y, yerr=bars, label=label or LABELS.get(name, name), capsize=2.5, elinewidth=0.8, **style)
+    words, color, mark = STYLES.get(name, (name, None, "o"))
+    style = {"color": color, "marker": mark, "markersize": 4.5, "linewidth": 1.5} | style
+    axes.errorbar(x, y, yerr=bars, label=label or words, capsize=2.5, elinewidth=0.8, **style)
 
 
 def _series(data: dict, wanted: Callable[[Case], bool], by: Callable[[Case], tuple]) -> dict[tuple, list[dict]]:
@@ -131,7 +132,7 @@ def overhead_over_base(data: dict, path: Path) -> Path | None:
                 points.append((case_of(record).R, *(100 * (v - 1) for v in (over.median, over.q20, over.q80))))
         if points:
             _line(axes, points, name)
-    axes.axhline(0, color=COLORS["base"], linewidth=0.9, label=LABELS["base"])
+    axes.axhline(0, color=STYLES["base"][1], linewidth=0.9, label=LABELS["base"])
     _ticks(axes, [case_of(r).R for r in rows])
     axes.set_xlabel("rank R")
     axes.set_ylabel("extra time over the frozen layer, %")

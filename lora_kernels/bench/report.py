@@ -52,7 +52,9 @@ def linear_table(record: dict) -> Table:
     naive = "loop" if case.L else "naive"
     peft = "peft_mixed" if case.L else "peft"
     title = f"{case}: floor {_us(floor['us'])} µs"
-    table = _table(title, "contestant", "µs", "20 %", "80 %", "rate", "% of roofline", "× base", f"× {naive}", f"× {peft}", "peak MiB", "saved MiB", "error")
+    table = _table(
+        title, "contestant", "µs", "20 %", "80 %", "rate", "% of roofline", "× base", f"× {naive}", f"× {peft}", "peak MiB", "saved MiB", "error"
+    )
     for name, entry in results.items():
         if "us" not in entry:
             continue
@@ -89,7 +91,9 @@ def not_timed(files: dict[str, dict]) -> list[str]:
                         where = found.setdefault((kind, name, entry[kind]), [])
                         if suite not in where:
                             where.append(suite)
-    return [f"{kind}: {name} ({', '.join(where)}): {why}" for (kind, name, why), where in sorted(found.items(), key=lambda item: item[0][0] != "refused")]
+    return [
+        f"{kind}: {name} ({', '.join(where)}): {why}" for (kind, name, why), where in sorted(found.items(), key=lambda item: item[0][0] != "refused")
+    ]
 
 
 def losses(files: dict[str, dict]) -> list[str]:

@@ -19,12 +19,16 @@ MODELS = {"quick": (steps.QUICK,), "cpu": (steps.QUICK, steps.CPU), "gpu": (step
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="lora-kernels bench", description="Speed and memory against PyTorch and PEFT, each checked against float64.")
+    parser = argparse.ArgumentParser(
+        prog="lora-kernels bench", description="Speed and memory against PyTorch and PEFT, each checked against float64."
+    )
     parser.add_argument("--quick", action="store_true", help="one projection of a small model: under 90 s on 2 cores")
     parser.add_argument("--full", action="store_true", help="every model, projection, rank, token count and mode; hours")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--suite", choices=records.SUITES, action="append", help="only this one; may be repeated")
-    parser.add_argument("--out", type=Path, help="folder for JSON and PNG; default benchmarks/results/<device> in a checkout, else ./lora-kernels-bench/<device>")
+    parser.add_argument(
+        "--out", type=Path, help="folder for JSON and PNG; default benchmarks/results/<device> in a checkout, else ./lora-kernels-bench/<device>"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--minutes", type=float, help="start no further case after this time; what was measured is kept")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="only draw the plots of an existing results folder")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 
 import torch
 
 from .. import _device
-from .._errors import LoraValueError, message, warn_once
+from .._errors import LoraValueError, message
 from . import store
 
 Table = dict[tuple, list[tuple[int, str]]]  # (op, dtype, N, K, threads) -> (M, form), ascending

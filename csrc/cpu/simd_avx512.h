@@ -16,6 +16,7 @@ constexpr int NV = 4;                                              // vectors ac
 constexpr int MICRO_ROWS[NV + 1] = {0, 14, 12, 8, 6};              // rows of a micro tile that is 1..NV vectors wide: 24 accumulators
 constexpr int WIDE_STEPS = 8;   // steps of k that a wide pass keeps in registers, two vectors each
 constexpr int64_t KC = 1024;  // lanes along k of one packed panel block: 256 KiB
+constexpr int64_t CHAIN_F32 = 128;
 
 LK_INLINE __mmask16 first(int64_t n) { return n >= L ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
 LK_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }

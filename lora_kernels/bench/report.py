@@ -91,9 +91,8 @@ def not_timed(files: dict[str, dict]) -> list[str]:
                         where = found.setdefault((kind, name, entry[kind]), [])
                         if suite not in where:
                             where.append(suite)
-    return [
-        f"{kind}: {name} ({', '.join(where)}): {why}" for (kind, name, why), where in sorted(found.items(), key=lambda item: item[0][0] != "refused")
-    ]
+    ordered = sorted(found.items(), key=lambda item: item[0][0] != "refused")
+    return [f"{kind}: {name} ({', '.join(where)}): {why}" for (kind, name, why), where in ordered]
 
 
 def losses(files: dict[str, dict]) -> list[str]:

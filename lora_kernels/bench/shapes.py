@@ -102,7 +102,7 @@ def gpu() -> tuple[list[Case], list[Case]]:
     linear += _train("llama-3-70b", ("q", "kv"), (8192,), (16, 64)) + _train("qwen3-8b", ("gate_up",), (8192,), (16,))
     linear += _train("smollm2-135m", ("gate_up",), (8192,), (16,))
     batched = [_case(model, "q", 64, 16, mode="forward", L=L) for L in (1, 2, 4, 8, 16, 32, 64)]
-    return linear, batched + _decode(model, ("q", "gate_up"), DECODE_TOKENS, 16)
+    return linear, list(dict.fromkeys(batched + _decode(model, ("q", "gate_up"), DECODE_TOKENS, 16)))
 
 
 def full() -> tuple[list[Case], list[Case]]:

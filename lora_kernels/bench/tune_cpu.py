@@ -49,6 +49,9 @@ class CpuTarget:
 
         forced = [0]
 
+        def forced_form(*_: object) -> int:
+            return forced[0]
+
         def call(form: int, i: int):
             ops, forced[0] = sets[i % len(sets)], form
             x, w, a, b = ops.x.detach(), ops.weight, ops.lora_a, ops.lora_b
@@ -59,7 +62,7 @@ class CpuTarget:
         heuristic = plan.form(job["op"], provider.DTYPES[dtype], job["M"], job["N"], job["K"])
         forms = sorted(range(len(plan.FORMS)), key=lambda form: form != heuristic)  # the heuristic's first
         calls, skipped = {}, {}
-        with mock.patch.object(plan, "form", new=lambda *_: forced[0]):  # a plain function: a Mock costs more than a small call
+        with mock.patch.object(plan, "form", forced_form):
             for form in forms:
                 ratio = testing.error_ratio(call(form, 0), eager, truth)
                 if ratio <= testing.ALLOWED_RATIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from unittest import mock
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _device, reference, testing
+from .._errors import BackendError
 from ..ops import _registry
 from ..tuning import store
 from ..tuning.plan import FORMS, Plan, Problem, heuristic, tma_arch
@@ -38,22 +40,23 @@ def fits(plan: Plan, problem: Problem, shared_limit: int) -> bool:
     return shared <= shared_limit and plan.block_m * plan.block_n <= MAX_ACCUMULATORS * 32 * plan.warps
 
 
-def candidates(problem: Problem, arch: int, shared_limit: int) -> list[Plan]:
-    """Distinct plans that can run: the heuristic's first, then cuBLAS, then every form and tile that fits."""
+def candidates(problem: Problem, arch: int, shared_limit: int, cuda: bool) -> list[Plan]:
+    """Distinct plans that can run: the heuristic's first, then cuBLAS, CUDA C++ where it is built, and every Triton form and tile that fits."""
     first = heuristic(problem, arch)
-    plans = [first, replace(first, implementation="torch"), replace(first, implementation="triton")]
+    others = ("torch", "triton", "cuda") if cuda else ("torch", "triton")
+    plans = [replace(first, implementation=name) for name in sorted(others, key=lambda name: name != first.implementation)]
     for form in FORMS:
         if form != "pointer" and (not tma_arch(arch) or problem.dtype == torch.float32):
             continue
         if form == "column0" and (problem.R > 64 or problem.dropout):
             continue
         plans += [Plan("triton", form, *tile) for tile in TILES]
-    return list(dict.fromkeys(plan for plan in plans if plan.implementation == "torch" or fits(plan, problem, shared_limit)))
+    return list(dict.fromkeys(plan for plan in plans if plan.implementation != "triton" or fits(plan, problem, shared_limit)))
 
 
 def label(plan: Plan) -> str:
-    if plan.implementation == "torch":
-        return "torch"
+    if plan.implementation != "triton":
+        return plan.implementation
     return f"{plan.form} {plan.block_m}x{plan.block_n}x{plan.block_k} w{plan.warps} s{plan.stages}"
 
 
@@ -90,7 +93,8 @@ class GpuTarget:
         limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
         major, minor = _device.cuda_capability(self.device.index)
         calls, plans, skipped = {}, {}, {}
-        for plan in candidates(problem, 10 * major + minor, limit):
+        cuda = not isinstance(_registry.provider("cuda"), str)
+        for plan in candidates(problem, 10 * major + minor, limit, cuda):
             name = label(plan)
             try:
                 with mock.patch.object(store, "choose", lambda problem, device, plan=plan: plan):  # what a call is prepared with
@@ -136,21 +140,29 @@ def _seed(ops: Operands) -> Tensor:
     return torch.tensor([20], dtype=torch.int64, device=ops.x.device)
 
 
-def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands):
-    """A call of the whole launch sequence that makes y (or dx) under this plan."""
+def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands) -> Callable[[], Tensor]:
+    """The call that makes y (or dx), all its launches included, for the plan that `store.choose` now gives."""
     from ..kernels import lora_linear as triton_ops
     from ..kernels._launch import on_device
 
-    x, w, a, b, seed = ops.x.detach(), ops.weight, ops.lora_a, ops.lora_b, _seed(ops) if case.dropout else None
-    if problem.op == "fwd":
-        if plan.implementation == "torch" and not case.dropout:
-            return lambda: reference.lora_linear_fwd(x, w, None, a, b, SCALING, 0.0, None)[0]
-        forward = triton_ops.Forward(x, w, None, a, b, case.dropout)
-        return lambda: on_device(x, forward, x, w, None, a, b, SCALING, seed)[0]
-    mask = reference.dropout_mask(seed, case.M, case.K, case.dropout) if case.dropout else x.new_empty(0, dtype=torch.int32)
-    h = x.new_empty(case.M, case.R)
-    needs = (True, False, False)
-    if plan.implementation == "torch" and not case.dropout:
-        return lambda: reference.lora_linear_bwd(ops.dy, x, w, a, b, h, mask, SCALING, 0.0, *needs)[0]
-    backward = triton_ops.Backward(ops.dy, x, w, a, b, case.dropout, *needs)
-    return lambda: on_device(x, backward, ops.dy, x, w, a, b, h, mask, SCALING)[0]
+    forward, p = problem.op == "fwd", case.dropout
+    x, w, a, b, seed = ops.x.detach(), ops.weight, ops.lora_a, ops.lora_b, _seed(ops) if p else None
+    if forward:
+        args = (x, w, None, a, b, SCALING, p, seed)
+    else:
+        mask = reference.dropout_mask(seed, case.M, case.K, p) if p else x.new_empty(0, dtype=torch.int32)
+        args = (ops.dy, x, w, a, b, x.new_empty(case.M, case.R), mask, SCALING, p, True, False, False)
+    op = "lora_linear_fwd" if forward else "lora_linear_bwd"
+    backend = store.order(op, args, _registry.LADDERS["cuda"])[0]
+    if backend != "triton":
+        refused = _registry.why_not(op, backend, "cuda", args)
+        if refused:
+            raise BackendError(refused)
+        run = _registry.provider(backend).OPS[op][0]
+        return lambda: run(*args)[0]
+    # Not through the op: it remembers what it prepared for these shapes, which is another plan's.
+    if forward:
+        made = triton_ops.Forward(x, w, None, a, b, p)
+        return lambda: on_device(x, made, *args[:6], seed)[0]
+    made = triton_ops.Backward(ops.dy, x, w, a, b, p, True, False, False)
+    return lambda: on_device(x, made, *args[:8])[0]

@@ -85,7 +85,9 @@ class Forward:
 class Backward:
     """lora_linear_bwd for one call signature."""
 
-    def __init__(self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx: bool, need_da: bool, need_db: bool):
+    def __init__(
+        self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx: bool, need_da: bool, need_db: bool
+    ):
         (M, K), (N, R) = x.shape, lora_b.shape
         problem = Problem("dx", M, K, N, R, x.dtype, dropout_p > 0)
         plan = store.choose(problem, x.device)

@@ -84,9 +84,7 @@ class Shrink:
         self.scale = keep_scale(dropout_p)
         ints = (M, K, R, drop_threshold(dropout_p), *x.stride(), *a.stride())
         grid = (-(-M // BM), -(-R // BR))
-        self.launch = Launcher(
-            shrink_kernel, grid, (), ints, warps, stages, BM=BM, BK=BK, BR=BR, DROPOUT=dropout_p > 0, PRECISION=precision(x.dtype)
-        )
+        self.launch = Launcher(shrink_kernel, grid, (), ints, warps, stages, BM=BM, BK=BK, BR=BR, DROPOUT=dropout_p > 0, PRECISION=precision(x.dtype))
 
     def __call__(self, stream: int, x: Tensor, a: Tensor, h: Tensor, mask: Tensor | None, seed: Tensor | None, scale: float) -> None:
         self.launch(stream, (), (x, a, h, mask, seed), (scale * self.scale,))

@@ -244,9 +244,7 @@ def lora_linear(
     args = (flat, weight, bias, lora_a, lora_b, float(scaling), dropout_p, seed)
     if key is not None and run is None:
         run = _remember(_forward_runs, key, _FWD, backend, strict, args)
-    if run is None or (
-        grad and (flat.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad))
-    ):
+    if run is None or (grad and (flat.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad))):
         y = _LoraLinear.apply(*args, backend, strict, run)
     else:
         y = run(*args)[0]

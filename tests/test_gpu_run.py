@@ -37,7 +37,8 @@ def test_steps_in_order_and_within_nine_minutes(driver, tmp_path):
 
 
 def test_step_past_its_limit_is_ended_with_all_it_started(driver, tmp_path):
-    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print('up', flush=True); time.sleep(60)"
+    nap = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{nap}']); print('up', flush=True); {nap}"
     entry = driver.run(_step(driver, "slow", code), tmp_path, 2.0, dict(os.environ))
     assert entry["outcome"] == "out of time"
     assert entry["seconds"] < 20

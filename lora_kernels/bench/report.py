@@ -112,6 +112,13 @@ def losses(files: dict[str, dict]) -> list[str]:
     return lines
 
 
+def disturbed(files: dict[str, dict], spread: float = 1.5) -> tuple[int, int]:
+    """In how many cases the frozen layer's own time (or PEFT's step) varied by more than `spread` between its 20 and 80 % quantiles; of how many."""
+    entries = [r["results"].get("base") or r["results"].get("peft", {}) for data in files.values() for r in data["records"]]
+    timed = [entry for entry in entries if "us" in entry]
+    return sum(entry["q80"] > spread * entry["q20"] for entry in timed), len(timed)
+
+
 def print_record(out: Console, suite: str, record: dict) -> None:
     out.print(steps_table(record) if suite == "steps" else linear_table(record))
 
@@ -123,4 +130,9 @@ def print_end(out: Console, files: dict[str, dict]) -> None:
     out.print(f"Not the fastest in {len(slower)} cases:" if slower else "Ours is the fastest wherever it was timed.")
     for line in slower:
         out.print("  " + line)
+    restless, cases = disturbed(files)
+    if restless:
+        out.print(
+            f"This machine was busy: in {restless} of {cases} cases one and the same call varied by more than half; measure again when it is idle."
+        )
     out.print("A ratio in brackets is not printed as one: its spread (20 to 80 % of the rounds) is wider than its effect.")

@@ -14,7 +14,7 @@ from . import contestants, contestants_batched, plots, provenance, records, repo
 from .measure import measure
 
 GRIDS = {"quick": shapes.quick, "cpu": shapes.cpu, "gpu": shapes.gpu, "full": shapes.full}
-BUDGET = {"quick": 1.2, "cpu": 2.0, "gpu": 0.6, "full": 1.0}  # seconds of timing per case
+BUDGET = {"quick": 0.7, "cpu": 2.0, "gpu": 0.6, "full": 1.0}  # seconds of timing per case
 MODELS = {"quick": (steps.QUICK,), "cpu": (steps.QUICK, steps.CPU), "gpu": (steps.GPU,), "full": (steps.GPU,)}
 
 
@@ -42,13 +42,23 @@ def default_folder(device: torch.device, quick: bool) -> Path:
     return root / (provenance.folder_name(device) + ("-quick" if quick else ""))
 
 
-class _Clock:
-    def __init__(self, minutes: float | None):
-        self.end = time.monotonic() + 60 * minutes if minutes else None
+SHARES = {"linear": 5, "batched": 3, "steps": 2}  # of the time that is left, among the suites that are still to run
 
-    @property
-    def over(self) -> bool:
-        return self.end is not None and time.monotonic() > self.end
+
+class _Clock:
+    """Deals out `--minutes`: no suite starves the next."""
+
+    def __init__(self, minutes: float | None, suites: list[str]):
+        self.end = time.monotonic() + 60 * minutes if minutes else None
+        self.suites = list(suites)
+
+    def deadline(self, suite: str) -> float:
+        """When the last case of this suite may start; call it as the suite begins."""
+        if self.end is None:
+            return float("inf")
+        rest = self.suites[self.suites.index(suite) :]
+        now = time.monotonic()
+        return now + (self.end - now) * SHARES[suite] / sum(SHARES[s] for s in rest)
 
 
 def _cases(suite: str, grid: str) -> list:
@@ -83,25 +93,26 @@ def main(argv: list[str] | None = None) -> int:
     tera = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in ceilings["flops_per_s"].items())
     out.print(f"ceilings measured here: {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, {tera}")
 
-    clock, complete = _Clock(args.minutes), True
-    for suite in args.suite or records.SUITES:
+    suites = args.suite or list(records.SUITES)
+    clock, cut = _Clock(args.minutes, suites), []
+    for suite in suites:
         why = steps.missing() if suite == "steps" else None
         if why:
             out.print(f"{suite}: left out, {why}")
             continue
-        writer = records.Writer(folder, suite, where, ceilings)
-        for case in _cases(suite, grid):
-            if clock.over:
-                complete = False
+        writer, cases, deadline = records.Writer(folder, suite, where, ceilings), _cases(suite, grid), clock.deadline(suite)
+        for done, case in enumerate(cases):
+            if time.monotonic() > deadline:
+                cut.append(f"{suite} after {done} of {len(cases)} cases")
                 break
             record = _measure(suite, case, device, BUDGET[grid])
             writer.add(record)
             report.print_record(out, suite, record)
-        writer.close(not clock.over, clocks_after=provenance.clocks(device))
+        writer.close(complete=len(writer.data["records"]) == len(cases), clocks_after=provenance.clocks(device))
     files = records.read_folder(folder)
     report.print_end(out, files)
-    if not complete:
-        out.print(f"cut off after {args.minutes:g} minutes: the files hold what was measured and say so (complete: false)")
+    if cut:
+        out.print(f"cut off by --minutes {args.minutes:g}: {'; '.join(cut)}; the files hold what was measured (complete: false)")
     if _device.has_module("matplotlib"):
         for path in plots.draw(folder):
             out.print(f"wrote {path}")

@@ -7,7 +7,7 @@ import importlib
 from .. import _device
 
 # Modules of this package with an OPS dict of their own; imported only when the kernels can run, as they import triton.
-FAMILIES = ("lora_linear",)
+FAMILIES = ("lora_linear", "batched")
 
 
 def unusable() -> str | None:

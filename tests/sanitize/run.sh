@@ -1,0 +1,41 @@
+#!/bin/sh
+# `make sanitize`: the CPU engine under AddressSanitizer + UndefinedBehaviorSanitizer (every instruction set of this machine) and, where valgrind
+# is installed, under memcheck (the sets that valgrind knows: AVX2 and portable). Build files go to build/sanitize. Fails on the first finding.
+set -eu
+cd "$(dirname "$0")/../.."
+out=build/sanitize
+cxx=${CXX:-g++}
+mkdir -p "$out"
+
+compile() { # name, flags...
+  name=$1
+  shift
+  objects=""
+  for source in csrc/cpu/*.cpp tests/sanitize/cpu_driver.cpp; do
+    case $(uname -m):$source in
+      x86_64:*isa_avx512_bf16.cpp) isa="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16" ;;
+      x86_64:*isa_avx512.cpp) isa="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq" ;;
+      x86_64:*isa_avx2.cpp) isa="-mavx2 -mfma -mf16c" ;;
+      *isa_avx*.cpp) continue ;;
+      *) isa="" ;;
+    esac
+    object=$out/$name-$(basename "$source" .cpp).o
+    # shellcheck disable=SC2086
+    if [ ! -e "$object" ] || [ -n "$(find csrc/cpu tests/sanitize -newer "$object" -print -quit)" ]; then
+      "$cxx" -std=c++17 -g -Icsrc "$@" $isa -c "$source" -o "$object"
+    fi
+    objects="$objects $object"
+  done
+  # shellcheck disable=SC2086
+  "$cxx" "$@" $objects -o "$out/$name" -ldl
+}
+
+echo "== AddressSanitizer + UndefinedBehaviorSanitizer"
+compile asan -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+"$out/asan"
+
+if command -v valgrind > /dev/null; then
+  echo "== valgrind memcheck"
+  compile plain -O2
+  valgrind -q --error-exitcode=1 --leak-check=full "$out/plain"
+fi

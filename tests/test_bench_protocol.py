@@ -55,8 +55,8 @@ def test_grids_hold_distinct_valid_cases(grid):
     linear, batched = grid()
     assert len(set(linear)) == len(linear)
     assert len(set(batched)) == len(batched)
-    assert all(c.L == 0 and (c.K, c.N) == shapes.projections(c.model)[c.projection] for c in linear)
-    assert all(1 <= c.L <= max(c.M, 8) and c.mode == "forward" for c in batched)
+    assert all(c.L == 0 and shapes.projections(c.model)[c.projection] == (c.K, c.N) for c in linear)
+    assert all(0 < c.L <= max(c.M, 8) and c.mode == "forward" for c in batched)
 
 
 def test_floor_counts_every_operand_once():

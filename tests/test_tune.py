@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import _device, _errors
+from lora_kernels import _errors
 from lora_kernels.bench import tune
 from lora_kernels.bench.tune_gpu import best, candidates, fits, label
-from lora_kernels.tuning import cpu_table, store
+from lora_kernels.tuning import cpu, store
 from lora_kernels.tuning.plan import Plan, Problem, heuristic
 
 LARGE = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
@@ -59,6 +59,18 @@ class FakeTarget:
     def missing(self):
         return None
 
+    def head(self):
+        return {"device": "Test CPU"}
+
+    def file_name(self):
+        return "test.json"
+
+    def pack(self, entries):
+        return {"entries": entries}
+
+    def unpack(self, data):
+        return data["entries"]
+
     def jobs(self, sizes, tokens, ranks):
         return [{"op": "fwd", "M": M, "N": N, "K": K} for K, N in sizes for M in tokens]
 
@@ -81,7 +93,7 @@ ARGS = ["--device", "cpu", "--size", "64x32"]
 
 
 def _table(folder):
-    return folder / store.table_name(_device.cpu_name())
+    return folder / "test.json"
 
 
 def test_stopped_and_resumed(fake, tmp_path):
@@ -95,7 +107,7 @@ def test_stopped_and_resumed(fake, tmp_path):
     assert tune.main(ARGS) == 0
     assert fake.measured == [1, 2]
     data = json.loads(_table(tmp_path).read_text())
-    assert data["device"] == _device.cpu_name()
+    assert data["device"] == "Test CPU"
     assert data["provenance"]["versions"]["torch"] == torch.__version__
 
 
@@ -129,7 +141,7 @@ PLAN = {"implementation": "triton", "form": "tma", "block_m": 128, "block_n": 12
 @pytest.fixture
 def lookups(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-    caches = (store.tables, cpu_table.tables, _errors.warn_once)
+    caches = (store.tables, cpu._rows, cpu.form, _errors.warn_once)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path
@@ -167,19 +179,46 @@ def test_bad_gpu_table_is_left_out_with_one_line(lookups, caplog, device, entrie
     assert "is not used" in caplog.text
 
 
-def test_cpu_forms_come_from_the_table(lookups):
-    threads = torch.get_num_threads()
-    rows = [
-        {"op": "fwd", "M": M, "N": 32, "K": 64, "dtype": "float32", "threads": threads, "chosen": form}
-        for M, form in ((1, "in_place"), (64, "torch"))
-    ]
-    _table(lookups).write_text(json.dumps({"device": _device.cpu_name(), "entries": rows}))
-    forms = ("in_place", "panels", "torch")
-    assert cpu_table.look_up("fwd", "float32", 2, 32, 64, forms) == "in_place"
-    assert cpu_table.look_up("fwd", "float32", 500, 32, 64, forms) == "torch"
-    assert cpu_table.look_up("fwd", "bfloat16", 2, 32, 64, forms) is None
-    cpu_table.tables.cache_clear()
-    assert cpu_table.look_up("fwd", "float32", 500, 32, 64, ("in_place", "panels")) is None  # a build without that form
+ROW = {"op": "fwd", "dtype": "float32", "N": 32, "K": 64}
+
+
+def _cpu_table(folder, rows, isa="avx2"):
+    (folder / cpu.table_name("avx2")).write_text(json.dumps({"isa": isa, "rows": rows}))
+
+
+def test_cpu_forms_come_from_the_users_table(lookups, monkeypatch):
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    _cpu_table(lookups, [{**ROW, "forms": [[1, "in_place"], [64, "torch"]]}])
+    assert [cpu.FORMS[cpu.form("fwd", 0, M, 32, 64)] for M in (1, 2, 500)] == ["in_place", "in_place", "torch"]
+
+
+BAD_ROWS = {
+    "foreign": ("avx512", [], "another instruction set"),
+    "unknown-form": ("avx2", [{**ROW, "forms": [[1, "spiral"]]}], "spiral"),
+    "size-0": ("avx2", [{**ROW, "N": 0, "forms": [[1, "torch"]]}], "a size below 1"),
+    "no-forms": ("avx2", [ROW], "KeyError"),
+}
+
+
+@pytest.mark.parametrize("isa, rows, words", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_cpu_table_is_left_out_with_one_line(lookups, monkeypatch, caplog, isa, rows, words):
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    monkeypatch.setattr(store, "SHIPPED", lookups / "none")
+    _cpu_table(lookups, rows, isa)
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        assert cpu.FORMS[cpu.form("fwd", 0, 500, 32, 64)] == "panels"  # the rule of thumb
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+
+
+def test_cpu_table_is_packed_as_it_is_read(lookups):
+    target = tune.target(torch.device("cpu"))
+    entries = [{**ROW, "M": M, "chosen": form} for M, form in ((64, "torch"), (1, "panels"))]
+    packed = target.pack(entries)
+    assert packed["rows"] == [{**ROW, "forms": [[1, "panels"], [64, "torch"]]}]
+    assert sorted(target.unpack(packed), key=lambda e: -e["M"]) == entries
+    _cpu_table(lookups, packed["rows"])
+    assert cpu.read_rows(lookups / cpu.table_name("avx2"), "avx2") == packed["rows"]
 
 
 def test_cpu_target_measures_every_form(monkeypatch):
@@ -187,7 +226,7 @@ def test_cpu_target_measures_every_form(monkeypatch):
     if target.missing():
         pytest.skip(target.missing())
     (job,) = [j for j in target.jobs([(64, 48)], (3,), (16, 8)) if (j["op"], j["dtype"]) == ("bwd", "float32")]
-    assert job["R"] == 8
+    assert target.rank == 8
     outcome = target.measure(job)
     assert set(outcome["us"]) == {"in_place", "panels", "torch"}
     assert outcome["chosen"] in outcome["us"]

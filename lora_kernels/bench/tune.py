@@ -20,18 +20,30 @@ DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
 
 
 class Target(Protocol):
-    """One kind of device and its plans. A job is the JSON form of a problem: the entry without its outcome."""
+    """One kind of device and its plans. A job is the JSON form of a problem; a table entry is the job and its outcome."""
 
     device: torch.device
     tokens: tuple[int, ...]  # default M
 
     def missing(self) -> str | None: ...
 
+    def head(self) -> dict[str, str]:
+        """What the table says of its owner, {key: name}; a table that says otherwise is another device's."""
+        ...
+
+    def file_name(self) -> str: ...
+
     def jobs(self, sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict]: ...
 
     def measure(self, job: dict) -> dict:
-        """What is added to the job to make a table entry: the plan and the µs of every candidate."""
+        """What is added to the job to make a table entry."""
         ...
+
+    def pack(self, entries: list[dict]) -> dict:
+        """The body of the table file; `unpack` is its inverse."""
+        ...
+
+    def unpack(self, data: dict) -> list[dict]: ...
 
 
 def target(device: torch.device) -> Target:
@@ -52,31 +64,30 @@ def sizes_of(models: list[str]) -> list[tuple[int, int]]:
 class TableFile:
     """The table being written: entries already there are kept, each new one is saved at once."""
 
-    def __init__(self, path: Path, device_name: str, again: bool):
-        self.path, self.data = path, {"device": device_name, "provenance": None, "entries": []}
-        if path.is_file() and not again:
-            self.data = self._read(device_name)
+    def __init__(self, path: Path, tuned: Target, again: bool):
+        self.path, self.tuned = path, tuned
+        self.entries = self._read() if path.is_file() and not again else []
 
-    def _read(self, device_name: str) -> dict:
+    def _read(self) -> list[dict]:
         fix = "move it away, or pass --again to write it anew"
         try:
             data = json.loads(self.path.read_text())
-            entries, owner = data["entries"], data["device"]
+            owner = {key: data[key] for key in self.tuned.head()}
+            entries = self.tuned.unpack(data)
         except (ValueError, KeyError, TypeError) as error:
             raise LoraValueError(message(f"tune: {self.path} is damaged", f"{type(error).__name__}: {error}", fix=fix)) from error
-        if owner != device_name or not isinstance(entries, list):
-            raise LoraValueError(message(f"tune: {self.path} belongs to another device", repr(owner), repr(device_name), fix))
-        return data
+        if owner != self.tuned.head():
+            raise LoraValueError(message(f"tune: {self.path} belongs to another device", owner, self.tuned.head(), fix))
+        return entries
 
     def has(self, job: dict) -> bool:
-        return any(all(entry.get(key) == value for key, value in job.items()) for entry in self.data["entries"])
+        return any(all(entry.get(key) == value for key, value in job.items()) for entry in self.entries)
 
     def add(self, entry: dict, where: dict) -> None:
-        self.data["entries"].append(entry)
-        self.data["provenance"] = where
+        self.entries.append(entry)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        part.write_text(json.dumps({**self.tuned.head(), "provenance": where, **self.tuned.pack(self.entries)}, indent=1) + "\n")
         os.replace(part, self.path)
 
 
@@ -110,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lora-kernels tune: nothing to tune on {device.type}: {why}", file=sys.stderr)
         return 2
     name = provenance.device_name(device)
-    path = (store.SHIPPED if args.ship else store.user_folder()) / store.table_name(name)
-    table = TableFile(path, name, args.again)
+    path = (store.SHIPPED if args.ship else store.user_folder()) / tuned.file_name()
+    table = TableFile(path, tuned, args.again)
     sizes = [_parse_size(text) for text in args.size] if args.size else sizes_of(args.model or list(DEFAULT_MODELS))
     jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))
     todo = [job for job in jobs if not table.has(job)]

@@ -14,10 +14,13 @@ from .shapes import Case
 from .timing import quantile, time_cpu
 from .tune_gpu import best
 
+_ROW = ("op", "dtype", "N", "K")
+
 
 class CpuTarget:
     device = torch.device("cpu")
-    tokens = (1, 4, 16, 64, 256, 1024)
+    tokens = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
+    rank = 16
 
     def missing(self) -> str | None:
         found = _registry.provider("cpu")
@@ -25,11 +28,30 @@ class CpuTarget:
             return found
         return None if "lora_linear_fwd" in found.OPS else "the CPU engine has no lora_linear yet"
 
+    def head(self) -> dict[str, str]:
+        return {"isa": _registry.provider("cpu").isa()}
+
+    def file_name(self) -> str:
+        return plan.table_name(self.head()["isa"])
+
+    def pack(self, entries: list[dict]) -> dict:
+        """One row per (op, dtype, N, K) with its forms by ascending M, as `tuning.cpu` reads it."""
+        rows: dict[tuple, list] = {}
+        for entry in entries:
+            rows.setdefault(tuple(entry[key] for key in _ROW), []).append([entry["M"], entry["chosen"]])
+        return {
+            "threads": torch.get_num_threads(),
+            "rows": [dict(zip(_ROW, key, strict=True)) | {"forms": sorted(forms)} for key, forms in rows.items()],
+        }
+
+    def unpack(self, data: dict) -> list[dict]:
+        return [{**{key: row[key] for key in _ROW}, "M": M, "chosen": form} for row in data["rows"] for M, form in row["forms"]]
+
     def jobs(self, sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict]:
-        """The forms do not depend on the rank: the lowest asked for stands for all."""
-        R = min(ranks)
+        """The forms hardly depend on the rank: the lowest asked for stands for all."""
+        self.rank = min(ranks)
         return [
-            {"op": op, "M": M, "N": N, "K": K, "R": R, "dtype": dtype, "threads": torch.get_num_threads()}
+            {"op": op, "dtype": dtype, "N": N, "K": K, "M": M}
             for K, N in sizes
             for dtype in ("bfloat16", "float32")
             for op in ("fwd", "bwd")
@@ -38,7 +60,7 @@ class CpuTarget:
 
     def measure(self, job: dict) -> dict:
         forward = job["op"] == "fwd"
-        case = Case("tune", job["op"], job["M"], job["K"], job["N"], job["R"], mode="forward" if forward else "forward+backward", dtype=job["dtype"])
+        case = Case("tune", job["op"], job["M"], job["K"], job["N"], self.rank, mode="forward" if forward else "forward+backward", dtype=job["dtype"])
         sets = [operands(case, self.device, seed) for seed in range(count_sets(case, self.device))]
         name, dtype = ("y" if forward else "dx"), getattr(torch, job["dtype"])
         truth, eager = exact(case, sets[0])[name], exact(case, sets[0], dtype=dtype)[name]
@@ -60,7 +82,9 @@ class CpuTarget:
             return run(ops.dy, x, w, a, b, h, mask, SCALING, 0.0, True, False, False)[0]
 
         heuristic = plan.form(job["op"], provider.DTYPES[dtype], job["M"], job["N"], job["K"])
-        forms = sorted(range(len(plan.FORMS)), key=lambda form: form != heuristic)  # the heuristic's first
+        rows = 128 if forward else 32  # above, reading the weights in place again for every row block cannot win
+        forms = [i for i, form in enumerate(plan.FORMS) if form != "in_place" or rows >= case.M]
+        forms.sort(key=lambda form: form != heuristic)  # the heuristic's first
         calls, skipped = {}, {}
         with mock.patch.object(plan, "form", forced_form):
             for form in forms:

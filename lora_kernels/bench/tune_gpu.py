@@ -72,6 +72,18 @@ class GpuTarget:
         found = _registry.provider("triton")
         return found if isinstance(found, str) else None
 
+    def head(self) -> dict[str, str]:
+        return {"device": torch.cuda.get_device_name(self.device)}
+
+    def file_name(self) -> str:
+        return store.table_name(torch.cuda.get_device_name(self.device))
+
+    def pack(self, entries: list[dict]) -> dict:
+        return {"entries": entries}
+
+    def unpack(self, data: dict) -> list[dict]:
+        return list(data["entries"])
+
     def jobs(self, sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict]:
         """For "dx" N and K change places: N is the layer's in features."""
         jobs = []

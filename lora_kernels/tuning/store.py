@@ -1,7 +1,7 @@
 """Measured plans: one JSON table per GPU, looked up exactly, then at the nearest measured M in log space; else the heuristic.
 
 A table is `{"device": ..., "entries": [{"op", "M", "N", "K", "R", "dtype", "dropout", "plan": {Plan's fields}, "us": {...}}, ...]}`.
-Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`) in `LORA_KERNELS_CACHE` or ~/.cache/lora_kernels, and win.
+Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`) in `LORA_KERNELS_CACHE`, by default ~/.cache/lora_kernels, and win.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def table_name(gpu: str) -> str:
 
 def user_folder() -> Path:
     """Where this user's measured tables lie."""
-    return Path(os.environ.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")
+    if os.environ.get("LORA_KERNELS_CACHE"):
+        return Path(os.environ["LORA_KERNELS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
 
 
 def _key(problem: Problem) -> tuple:
@@ -71,10 +73,10 @@ def read_table(path: Path, device: str) -> Table:
     return {key: sorted(rows, key=lambda row: row[0]) for key, rows in table.items()}
 
 
-def readable(device: str, read: Callable[[Path], T]) -> Iterator[T]:
-    """The user's table and the shipped one, where they exist. A damaged or foreign table is left out, with one logged reason."""
+def readable(name: str, read: Callable[[Path], T]) -> Iterator[T]:
+    """The user's table of this file name and the shipped one, where they exist. A damaged or foreign one is left out, with one logged reason."""
     for folder in (user_folder(), SHIPPED):
-        path = folder / table_name(device)
+        path = folder / name
         if path.is_file():
             try:
                 yield read(path)
@@ -85,7 +87,7 @@ def readable(device: str, read: Callable[[Path], T]) -> Iterator[T]:
 @functools.cache
 def tables(gpu: str) -> tuple[Table, ...]:
     """The tables of this GPU, the user's first."""
-    return tuple(readable(gpu, lambda path: read_table(path, gpu)))
+    return tuple(readable(table_name(gpu), lambda path: read_table(path, gpu)))
 
 
 def look_up(table: Table, problem: Problem) -> Plan | None:

@@ -183,6 +183,10 @@ def test_figures_follow_the_results(tmp_path):
     assert figures.filled(page, tmp_path) != page
 
 
+def test_figure_without_results_says_so(tmp_path):
+    assert figures.filled(PAGE, tmp_path).count("Not measured yet.") == 2
+
+
 def test_figure_of_an_unknown_producer_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="unknown figure"):
         figures.filled("<!-- figure cpu linear nonsense --><!-- /figure -->", tmp_path)

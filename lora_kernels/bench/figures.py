@@ -97,7 +97,9 @@ def filled(page: str, results: Path) -> str:
         opening, folder, suite, producer, _, closing = match.groups()
         if producer not in PRODUCERS:
             raise SystemExit(f"unknown figure {producer!r}; known: {', '.join(sorted(PRODUCERS))}")
-        return f"{opening}\n{PRODUCERS[producer](records.read(results / folder / f'{suite}.json'))}\n{closing}"
+        path = results / folder / f"{suite}.json"
+        figure = PRODUCERS[producer](records.read(path)) if path.is_file() else "Not measured yet."
+        return f"{opening}\n{figure}\n{closing}"
 
     return _FIGURE.sub(produce, page)
 

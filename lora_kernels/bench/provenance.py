@@ -28,6 +28,8 @@ def _read(*command: str) -> str | None:
 
 def commit() -> str | None:
     """The commit of the checkout, with "+changes" when tracked files other than results differ from it; None outside a checkout."""
+    if not (ROOT / ".git").exists():  # installed elsewhere, perhaps inside somebody else's repository
+        return None
     head = _read("git", "rev-parse", "HEAD")
     changed = _read("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
     return head and head + ("+changes" if changed else "")

@@ -37,8 +37,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def default_folder(device: torch.device, quick: bool) -> Path:
     """A quick run goes beside the full results of its device, never over them."""
-    checkout = provenance.ROOT / "benchmarks" / "results"
-    root = checkout if checkout.is_dir() else Path("lora-kernels-bench")
+    checkout = provenance.ROOT / "benchmarks"
+    root = checkout / "results" if checkout.is_dir() else Path("lora-kernels-bench")
     return root / (provenance.folder_name(device) + ("-quick" if quick else ""))
 
 

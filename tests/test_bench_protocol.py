@@ -114,7 +114,7 @@ def test_file_of_a_run_that_is_cut_off_is_whole_and_says_so(tmp_path):
 )
 def test_foreign_results_file_is_refused(tmp_path, text):
     (tmp_path / "linear.json").write_text(text)
-    with pytest.raises(lk.LoraValueError, match="bench: .*fix: "):
+    with pytest.raises(lk.LoraValueError, match="linear.json .*fix: "):
         records.read_folder(tmp_path)
 
 

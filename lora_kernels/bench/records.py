@@ -43,11 +43,11 @@ def read(path: Path) -> dict:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise LoraValueError(
-            message(f"bench: {path} cannot be read", f"{type(error).__name__}: {error}", fix="run lora-kernels bench again")
+            message(f"{path} cannot be read", f"{type(error).__name__}: {error}", fix="run lora-kernels bench again")
         ) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or data.get("suite") not in SUITES:
         raise LoraValueError(
-            message(f"bench: {path} is no results file of this version", allowed=f"schema {SCHEMA}", fix="run lora-kernels bench again")
+            message(f"{path} is no results file of this version", allowed=f"schema {SCHEMA}", fix="run lora-kernels bench again")
         )
     return data
 

@@ -75,9 +75,9 @@ class TableFile:
             owner = {key: data[key] for key in self.tuned.head()}
             entries = self.tuned.unpack(data)
         except (ValueError, KeyError, TypeError) as error:
-            raise LoraValueError(message(f"tune: {self.path} is damaged", f"{type(error).__name__}: {error}", fix=fix)) from error
+            raise LoraValueError(message(f"{self.path} is damaged", f"{type(error).__name__}: {error}", fix=fix)) from error
         if owner != self.tuned.head():
-            raise LoraValueError(message(f"tune: {self.path} belongs to another device", owner, self.tuned.head(), fix))
+            raise LoraValueError(message(f"{self.path} belongs to another device", owner, self.tuned.head(), fix))
         return entries
 
     def has(self, job: dict) -> bool:
@@ -107,7 +107,7 @@ def _parse_size(text: str) -> tuple[int, int]:
     try:
         k, n = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise LoraValueError(message("tune: --size is no size", repr(text), "KxN, e.g. 4096x14336")) from None
+        raise LoraValueError(message("--size is no size", repr(text), "KxN, e.g. 4096x14336")) from None
     return k, n
 
 

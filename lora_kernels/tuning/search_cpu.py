@@ -21,7 +21,9 @@ CACHE_BYTES = 96 << 20  # weights in rotation, so that they come from memory as 
 CLOSE = 1.03  # PyTorch is chosen only when it is faster by more than noise
 
 
-def interleaved(calls: dict[str, Callable[[int], object]], budget_s: float, rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def interleaved(
+    calls: dict[str, Callable[[int], object]], budget_s: float, rounds: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each call, the calls taking turns; call i may use its number to rotate its operands."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -69,7 +71,7 @@ def tune(
                 forms = []
                 for M in tokens:
                     call = _problem(engine, op, getattr(torch, dtype), M, N, K, rank)
-                    calls = {name: _with_form(name, call) for name in plan.FORMS if name != "in_place" or M <= (128 if op == "fwd" else 32)}
+                    calls = {name: _with_form(name, call) for name in plan.FORMS if name != "in_place" or (128 if op == "fwd" else 32) >= M}
                     seconds = interleaved(calls, budget_s, clock=clock)
                     ours = min((name for name in seconds if name != "torch"), key=seconds.__getitem__)
                     best = "torch" if seconds["torch"] * CLOSE < seconds[ours] else ours

@@ -120,7 +120,7 @@ def test_row_strided_inputs_are_read_in_place(isa, form, dtype):
     c = Case.random(19, 37, 45, 6, dtype)
     wide = {
         name: torch.full((t.shape[0], t.shape[1] + pad), torch.nan, dtype=dtype)
-        for (name, t), pad in zip(c._asdict().items(), (3, 5, 0, 1, 7, 9))
+        for (name, t), pad in zip(c._asdict().items(), (3, 5, 0, 1, 7, 9), strict=False)
         if name != "bias" and isinstance(t, torch.Tensor)
     }
     views = {name: buffer[:, 1 : 1 + getattr(c, name).shape[1]] for name, buffer in wide.items()}

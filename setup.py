@@ -1,4 +1,7 @@
-"""Builds the package; see pyproject.toml. The native module `lora_kernels._C` is optional: without a compiler the wheel installs and PyTorch serves."""
+"""Builds the package; see pyproject.toml.
+
+The native module `lora_kernels._C` is optional: without a compiler the wheel installs and PyTorch serves.
+"""
 
 import sys
 from pathlib import Path

@@ -18,29 +18,71 @@ lk::In in(Ptr p, int64_t ld) { return {ptr(p), ld}; }
 lk::Out out(Ptr p, int64_t ld) { return {ptr(p), ld}; }
 lk::Dtype dtype(int t) { return static_cast<lk::Dtype>(t); }
 
-void cpu_linear_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr x, int64_t ldx, Ptr w,
-                    int64_t ldw, Ptr bias, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr seed, Ptr y, Ptr h, Ptr mask) {
-  const lk::Problem p{M, N, K, dtype(type), {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R}, static_cast<float>(scaling), threshold, threads, static_cast<lk::Form>(form)};
+void cpu_linear_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr x,
+                    int64_t ldx, Ptr w, int64_t ldw, Ptr bias, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr seed, Ptr y, Ptr h,
+                    Ptr mask) {
+  const lk::Problem p{M,
+                      N,
+                      K,
+                      dtype(type),
+                      {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R},
+                      static_cast<float>(scaling),
+                      threshold,
+                      threads,
+                      static_cast<lk::Form>(form)};
   lk::lora_linear_fwd(p, {in(x, ldx), in(w, ldw), ptr(bias), ptr<const int64_t>(seed), out(y, N), out(h, R), ptr<uint32_t>(mask)});
 }
 
-void cpu_linear_bwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr dy, int64_t lddy, Ptr x,
-                    int64_t ldx, Ptr w, int64_t ldw, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr h, int64_t ldh, Ptr mask, Ptr g, Ptr dx,
-                    Ptr d_a, Ptr d_b) {
-  const lk::Problem p{M, N, K, dtype(type), {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R}, static_cast<float>(scaling), threshold, threads, static_cast<lk::Form>(form)};
-  lk::lora_linear_bwd(p, {in(dy, lddy), in(x, ldx), in(w, ldw), in(h, ldh), ptr<const uint32_t>(mask), out(g, R), out(dx, K), out(d_a, K), out(d_b, R)});
+void cpu_linear_bwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr dy,
+                    int64_t lddy, Ptr x, int64_t ldx, Ptr w, int64_t ldw, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr h,
+                    int64_t ldh, Ptr mask, Ptr g, Ptr dx, Ptr d_a, Ptr d_b) {
+  const lk::Problem p{M,
+                      N,
+                      K,
+                      dtype(type),
+                      {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R},
+                      static_cast<float>(scaling),
+                      threshold,
+                      threads,
+                      static_cast<lk::Form>(form)};
+  lk::lora_linear_bwd(p,
+                      {in(dy, lddy), in(x, ldx), in(w, ldw), in(h, ldh), ptr<const uint32_t>(mask), out(g, R), out(dx, K), out(d_a, K), out(d_b, R)});
 }
 
 void cpu_dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, Ptr mask, int threads) {
   lk::dropout_mask(seed, threshold, M, K, ptr<uint32_t>(mask), threads);
 }
 
-void cpu_batched_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int64_t L, int type, int form, int threads, Ptr x, int64_t ldx, Ptr w, int64_t ldw, Ptr bias,
-                     Ptr pool_a, int64_t a_stride, int64_t lda, int a_type, Ptr pool_b, int64_t b_stride, int64_t ldb, int b_type, int64_t packed_slice, Ptr ids, Ptr ranks,
-                     Ptr scalings, Ptr dropout_p, Ptr mask, Ptr y, int64_t ldy, Ptr h) {
-  lk::lora_batched_fwd({M, N, K, R, L, dtype(type), dtype(a_type), dtype(b_type), in(x, ldx), in(w, ldw), ptr(bias), ptr(pool_a), ptr(pool_b), a_stride, lda, b_stride, ldb,
-                        packed_slice, ptr<const int32_t>(ids), ptr<const int32_t>(ranks), ptr<const float>(scalings), ptr<const float>(dropout_p), ptr<const uint32_t>(mask),
-                        out(y, ldy), out(h, R), threads, static_cast<lk::Form>(form)});
+void cpu_batched_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int64_t L, int type, int form, int threads, Ptr x, int64_t ldx, Ptr w, int64_t ldw,
+                     Ptr bias, Ptr pool_a, int64_t a_stride, int64_t lda, int a_type, Ptr pool_b, int64_t b_stride, int64_t ldb, int b_type,
+                     int64_t packed_slice, Ptr ids, Ptr ranks, Ptr scalings, Ptr dropout_p, Ptr mask, Ptr y, int64_t ldy, Ptr h) {
+  lk::lora_batched_fwd({M,
+                        N,
+                        K,
+                        R,
+                        L,
+                        dtype(type),
+                        dtype(a_type),
+                        dtype(b_type),
+                        in(x, ldx),
+                        in(w, ldw),
+                        ptr(bias),
+                        ptr(pool_a),
+                        ptr(pool_b),
+                        a_stride,
+                        lda,
+                        b_stride,
+                        ldb,
+                        packed_slice,
+                        ptr<const int32_t>(ids),
+                        ptr<const int32_t>(ranks),
+                        ptr<const float>(scalings),
+                        ptr<const float>(dropout_p),
+                        ptr<const uint32_t>(mask),
+                        out(y, ldy),
+                        out(h, R),
+                        threads,
+                        static_cast<lk::Form>(form)});
 }
 
 void cpu_batched_mask(uint64_t seed, int64_t M, int64_t K, int64_t L, Ptr ids, Ptr dropout_p, Ptr mask, int threads) {

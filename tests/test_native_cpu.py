@@ -22,7 +22,17 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 ISAS = cpu.isas() if cpu.unusable() is None else []
 FORMS = ["in_place", "panels", "torch"]
 #        M, N, K, R
-SHAPES = [(0, 8, 8, 4), (1, 1, 1, 1), (1, 33, 65, 4), (2, 65, 33, 3), (17, 31, 47, 8), (64, 96, 100, 24), (5, 40, 72, 64), (130, 50, 70, 128), (3, 300, 290, 256)]
+SHAPES = [
+    (0, 8, 8, 4),
+    (1, 1, 1, 1),
+    (1, 33, 65, 4),
+    (2, 65, 33, 3),
+    (17, 31, 47, 8),
+    (64, 96, 100, 24),
+    (5, 40, 72, 64),
+    (130, 50, 70, 128),
+    (3, 300, 290, 256),
+]
 DEEP = [(1, 2900, 40, 4), (37, 70, 2500, 16)]
 DTYPES = [(fp32, fp32), (bf16, bf16), (bf16, fp32), (fp16, fp16), (fp16, fp32)]
 
@@ -108,7 +118,11 @@ def test_mask_is_the_references(isa):
 @pytest.mark.parametrize("dtype", [fp32, bf16, fp16], ids=str)
 def test_row_strided_inputs_are_read_in_place(isa, form, dtype):
     c = Case.random(19, 37, 45, 6, dtype)
-    wide = {name: torch.full((t.shape[0], t.shape[1] + pad), torch.nan, dtype=dtype) for (name, t), pad in zip(c._asdict().items(), (3, 5, 0, 1, 7, 9)) if name != "bias" and isinstance(t, torch.Tensor)}
+    wide = {
+        name: torch.full((t.shape[0], t.shape[1] + pad), torch.nan, dtype=dtype)
+        for (name, t), pad in zip(c._asdict().items(), (3, 5, 0, 1, 7, 9), strict=False)
+        if name != "bias" and isinstance(t, torch.Tensor)
+    }
     views = {name: buffer[:, 1 : 1 + getattr(c, name).shape[1]] for name, buffer in wide.items()}
     for name, view in views.items():
         view.copy_(getattr(c, name))

@@ -32,7 +32,9 @@ def problem(M, Ns=(37, 70), K=45, R=9, L=5, dtype=fp32, pool_dtype=None, dropout
     ids[M // 2 :] = ids[M // 2 :].sort().values
     ranks = torch.randint(0, R + 1, (1 if packed else S, L), generator=g, dtype=torch.int32)
     ranks[0, 0] = R
-    pools_a = [(make(L, R * (S if packed else 1), K) / K**0.5).to(pool_dtype)] * S if packed else [(make(L, R, K) / K**0.5).to(pool_dtype) for _ in Ns]
+    pools_a = (
+        [(make(L, R * (S if packed else 1), K) / K**0.5).to(pool_dtype)] * S if packed else [(make(L, R, K) / K**0.5).to(pool_dtype) for _ in Ns]
+    )
     return [
         make(M, K).to(dtype),
         [(make(N, K) / K**0.5).to(dtype) for N in Ns],
@@ -59,7 +61,7 @@ def to_double(args):
 
 
 def check(args):
-    y, h, mask = cpu.lora_batched_fwd(*args)
+    y, _, mask = cpu.lora_batched_fwd(*args)
     exact, _, exact_mask = reference_batched.lora_batched_fwd(*to_double(args))
     eager = reference_batched.lora_batched_fwd(*args)[0]
     error = lambda t: ((t.double() - exact).norm() / exact.norm()).item() if t.numel() else 0.0

@@ -34,12 +34,12 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "problem, arch, implementation, form",
     [
-        (BIG, 90, "cuda", "column0"),
+        (BIG, 90, "triton", "column0"),
         (BIG, 100, "triton", "column0"),
         (BIG, 80, "triton", "pointer"),
         (BIG, 120, "triton", "pointer"),
-        (Problem("fwd", 8192, 4096, 4096, 128, torch.bfloat16), 90, "cuda", "tma"),
-        (Problem("dx", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True), 90, "cuda", "tma"),
+        (Problem("fwd", 8192, 4096, 4096, 128, torch.bfloat16), 90, "triton", "tma"),
+        (Problem("dx", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True), 90, "triton", "tma"),
         (Problem("fwd", 64, 4096, 4096, 16, torch.bfloat16), 90, "torch", "column0"),
         (Problem("fwd", 8192, 4096, 512, 16, torch.bfloat16), 90, "torch", "column0"),
         (Problem("fwd", 8192, 4096, 4096, 16, torch.float32), 90, "torch", "pointer"),

@@ -30,9 +30,11 @@ struct Order {
 class Matrices {
  public:
   template <class RowsOf, class ColsOf>
-  Matrices(const Kernels& k, Dtype to, Dtype from, const void* pool, int64_t stride, int64_t ld, int64_t row_cap, int64_t col_cap, const Order& order, int64_t L, int threads,
-           const RowsOf& skip_of, const ColsOf& size_of_l)
-      : at(static_cast<size_t>(L), nullptr), ld(to == from ? ld : col_cap), copy_(to == from ? 0 : order.adapters.size() * static_cast<size_t>(row_cap * col_cap) * 2) {
+  Matrices(const Kernels& k, Dtype to, Dtype from, const void* pool, int64_t stride, int64_t ld, int64_t row_cap, int64_t col_cap, const Order& order,
+           int64_t L, int threads, const RowsOf& skip_of, const ColsOf& size_of_l)
+      : at(static_cast<size_t>(L), nullptr),
+        ld(to == from ? ld : col_cap),
+        copy_(to == from ? 0 : order.adapters.size() * static_cast<size_t>(row_cap * col_cap) * 2) {
     const int64_t count = static_cast<int64_t>(order.adapters.size());
     parallel(count, to == from ? 1 : threads_for(count * row_cap * col_cap, threads), [&](int64_t i0, int64_t i1, int) {
       for (int64_t i = i0; i < i1; i++) {
@@ -79,8 +81,12 @@ void lora_batched_fwd(const Batched& b) {
   struct Size {
     int64_t rows, cols;
   };
-  const Matrices A(k, b.type, b.a_type, b.pool_a, b.a_stride, b.lda, b.R, b.K, order, b.L, b.threads, [&](int64_t l) { return b.packed_slice * rank(l); }, [&](int64_t l) { return Size{rank(l), b.K}; });
-  const Matrices B(k, b.type, b.b_type, b.pool_b, b.b_stride, b.ldb, b.N, b.R, order, b.L, b.threads, [](int64_t) { return 0; }, [&](int64_t l) { return Size{b.N, rank(l)}; });
+  const Matrices A(
+      k, b.type, b.a_type, b.pool_a, b.a_stride, b.lda, b.R, b.K, order, b.L, b.threads, [&](int64_t l) { return b.packed_slice * rank(l); },
+      [&](int64_t l) { return Size{rank(l), b.K}; });
+  const Matrices B(
+      k, b.type, b.b_type, b.pool_b, b.b_stride, b.ldb, b.N, b.R, order, b.L, b.threads, [](int64_t) { return 0; },
+      [&](int64_t l) { return Size{b.N, rank(l)}; });
 
   // shrink: runs of neighbouring rows with one adapter, in pieces of rows x 8 ranks
   struct Piece {

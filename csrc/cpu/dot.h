@@ -110,7 +110,13 @@ void dot_block(const lk::DotArgs& a, int64_t n0, int64_t n1) {
   for (int64_t n = n0; n < n1; n += DOT_NR) {
     NextRows next;
     if (tiles > 0 && tiles <= 8 && n + DOT_NR < n1) {
-      next = {reinterpret_cast<const char*>(static_cast<const T*>(a.w.p) + (n + DOT_NR) * a.w.ld), a.w.ld * static_cast<int64_t>(sizeof(T)), min(n1 - n - DOT_NR, DOT_NR), lines, 0, 0, 0};
+      next = {reinterpret_cast<const char*>(static_cast<const T*>(a.w.p) + (n + DOT_NR) * a.w.ld),
+              a.w.ld * static_cast<int64_t>(sizeof(T)),
+              min(n1 - n - DOT_NR, DOT_NR),
+              lines,
+              0,
+              0,
+              0};
       next.per_step = ceil_div(next.rows * lines, tiles * (a.K / DotStep<T>::STEP) + 1);
     }
     int64_t m = 0;

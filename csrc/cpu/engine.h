@@ -56,13 +56,13 @@ struct Batched {
   Dtype type, a_type, b_type;
   In x, w;
   const void* bias;
-  const void *pool_a, *pool_b;             // [L, >= R rows, K] and [L, N, R] with the strides below, in elements
+  const void *pool_a, *pool_b;  // [L, >= R rows, K] and [L, N, R] with the strides below, in elements
   int64_t a_stride, lda, b_stride, ldb;
-  int64_t packed_slice;                    // slice i of a pool whose slices lie behind each other at the true rank: A is rows i r .. (i + 1) r; else 0
-  const int32_t *ids, *ranks;              // ranks null: all R
-  const float* scalings;                   // null: all 1
-  const float* dropout_p;                  // [L]; null: none
-  const uint32_t* mask;                    // with dropout_p: as batched_mask wrote it
+  int64_t packed_slice;        // slice i of a pool whose slices lie behind each other at the true rank: A is rows i r .. (i + 1) r; else 0
+  const int32_t *ids, *ranks;  // ranks null: all R
+  const float* scalings;       // null: all 1
+  const float* dropout_p;      // [L]; null: none
+  const uint32_t* mask;        // with dropout_p: as batched_mask wrote it
   Out y, h;
   int threads;
   Form form;

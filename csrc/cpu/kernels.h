@@ -63,8 +63,8 @@ struct PanelArgs {
   Mask w_keep, out_keep;
   float alpha, keep_scale;
   Out out;
-  bool out_t;    // store transposed: out[n, m]
-  bool out_f32;  // store fp32 instead of the operands' type
+  bool out_t;               // store transposed: out[n, m]
+  bool out_f32;             // store fp32 instead of the operands' type
   const Segment* segments;  // instead of b and R (b.ld is theirs), added after the base; or null
   int64_t segment_count, segment_R;
 };
@@ -78,9 +78,9 @@ struct WideArgs {
   Out out;
 };
 
-constexpr int64_t kPanel = 64;      // columns of one panel
-constexpr int64_t kWideRows = 32;   // most rows of the wide form
-constexpr int64_t kWideCols = 1024; // most columns of one wide block
+constexpr int64_t kPanel = 64;       // columns of one panel
+constexpr int64_t kWideRows = 32;    // most rows of the wide form
+constexpr int64_t kWideCols = 1024;  // most columns of one wide block
 constexpr int64_t kWideFloats = 2 * kWideRows * kWideCols;
 
 struct Kernels {

@@ -7,7 +7,8 @@ namespace {
 // The adapter in x's type: a cast copy where it comes in fp32.
 class Cast {
  public:
-  Cast(const Kernels& k, Dtype type, Dtype from, In m, int64_t rows, int64_t cols) : in(m), copy_(type == from ? 0 : static_cast<size_t>(rows * cols) * 2) {
+  Cast(const Kernels& k, Dtype type, Dtype from, In m, int64_t rows, int64_t cols)
+      : in(m), copy_(type == from ? 0 : static_cast<size_t>(rows * cols) * 2) {
     if (type == from) return;
     in = {copy_.as<char>(), cols};
     for (int64_t r = 0; r < rows; r++) k.cast(type, static_cast<const float*>(m.p) + r * m.ld, copy_.as<uint16_t>() + r * cols, cols);
@@ -47,7 +48,8 @@ float keep_scale(const Problem& p) { return p.drop_threshold < 65536 ? 65536.f /
 int64_t mask_words(const Problem& p) { return (p.K + 31) / 32; }
 
 // out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term
-void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha, Out out) {
+void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha,
+                Out out) {
   if (in_place && p.M <= kWideRows) {
     WideArgs a{p.M, N, R, x, w, h, b, keep, alpha, keep_scale(p), out};
     wide_product(k, p.type, a, C, p.threads);

@@ -152,7 +152,8 @@ void micro(const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, i
 }
 
 template <class T, int MR, int W>
-LK_INLINE void micro_rows(int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, float* c, bool more, NextBlock& next) {
+LK_INLINE void micro_rows(int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, float* c, bool more,
+                          NextBlock& next) {
   if constexpr (MR > 0) {
     if (rows == MR)
       micro<T, MR, W>(rank, base, a, m, n, c, more, next);
@@ -162,7 +163,8 @@ LK_INLINE void micro_rows(int rows, const Strip<T>& rank, const Strip<T>& base, 
 }
 
 template <class T, int W>
-LK_INLINE void micro_width(int width, int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, float* c, bool more, NextBlock& next) {
+LK_INLINE void micro_width(int width, int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, float* c,
+                           bool more, NextBlock& next) {
   if constexpr (W > 0) {
     if (width == W)
       micro_rows<T, MICRO_ROWS[W], W>(rows, rank, base, a, m, n, c, more, next);
@@ -249,7 +251,8 @@ void panel_of(const lk::PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* 
   using P = PanelStep<T>;
   constexpr bool in_place = same<T, typename P::X>;
   const int64_t n = p * NP, cols = min(a.N - n, NP), KD = ceil_div(a.K, P::PAIR), RD = ceil_div(a.R, P::PAIR);
-  float *pa = ws, *pb = pa + KC * NP, *C = pb + even_up(a.R > a.segment_R ? a.R : a.segment_R) * NP, *xs = C + (m1 - m0 + MAX_ROWS) * NP, *hs = xs + MAX_ROWS * (KC + L);
+  float *pa = ws, *pb = pa + KC * NP, *C = pb + even_up(a.R > a.segment_R ? a.R : a.segment_R) * NP, *xs = C + (m1 - m0 + MAX_ROWS) * NP,
+        *hs = xs + MAX_ROWS * (KC + L);
   const T* w = static_cast<const T*>(a.w.p) + (a.nt ? n * a.w.ld : n);
   if (a.R) {
     const T* b = static_cast<const T*>(a.b.p) + (a.nt ? n * a.b.ld : n);

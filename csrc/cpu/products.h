@@ -65,7 +65,9 @@ inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const Dea
   }
 }
 
-inline int64_t panel_workspace(const Kernels& k, const PanelArgs& a) { return (k.panel_floats(a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024; }
+inline int64_t panel_workspace(const Kernels& k, const PanelArgs& a) {
+  return (k.panel_floats(a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024;
+}
 
 // one or two products in panel form, in one pass over the pool
 inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int count, int threads) {
@@ -90,7 +92,8 @@ inline void wide_product(const Kernels& k, Dtype t, const WideArgs& a, int64_t C
   const int64_t units = (C + kUnit - 1) / kUnit;
   threads = threads_for(a.M * C * (a.N + a.R), threads);
   Scratch ws(static_cast<size_t>(kWideFloats) * 4 * static_cast<size_t>(threads));
-  parallel(units, threads, [&](int64_t u0, int64_t u1, int share) { k.wide(t, a, u0 * kUnit, std::min(u1 * kUnit, C), ws.as<float>() + share * kWideFloats); });
+  parallel(units, threads,
+           [&](int64_t u0, int64_t u1, int share) { k.wide(t, a, u0 * kUnit, std::min(u1 * kUnit, C), ws.as<float>() + share * kWideFloats); });
 }
 
 }  // namespace lk

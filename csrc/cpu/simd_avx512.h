@@ -11,11 +11,11 @@ using lk::f16;
 
 using V = __m512;
 constexpr int L = 16;
-constexpr int DOT_MR = 4, DOT_NR = 6, DOT_NR1 = 4, DOT_NR23 = 8;   // dot tiles: rows x columns; columns for 1 row, for 2 and 3 rows
-constexpr int NV = 4;                                              // vectors across one micro tile
-constexpr int MICRO_ROWS[NV + 1] = {0, 14, 12, 8, 6};              // rows of a micro tile that is 1..NV vectors wide: 24 accumulators
-constexpr int WIDE_STEPS = 8;   // steps of k that a wide pass keeps in registers, two vectors each
-constexpr int64_t KC = 1024;  // lanes along k of one packed panel block: 256 KiB
+constexpr int DOT_MR = 4, DOT_NR = 6, DOT_NR1 = 4, DOT_NR23 = 8;  // dot tiles: rows x columns; columns for 1 row, for 2 and 3 rows
+constexpr int NV = 4;                                             // vectors across one micro tile
+constexpr int MICRO_ROWS[NV + 1] = {0, 14, 12, 8, 6};             // rows of a micro tile that is 1..NV vectors wide: 24 accumulators
+constexpr int WIDE_STEPS = 8;                                     // steps of k that a wide pass keeps in registers, two vectors each
+constexpr int64_t KC = 1024;                                      // lanes along k of one packed panel block: 256 KiB
 constexpr int64_t CHAIN_F32 = 128;
 
 LK_INLINE __mmask16 first(int64_t n) { return n >= L ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
@@ -135,14 +135,17 @@ struct PanelStep<bf16> {
   LK_INLINE V row(const bf16* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
   // two vectors: columns 0..31 of rows p and q (null: zeros), paired
   LK_INLINE void columns(const bf16* p, const bf16* q, int64_t n, uint32_t p_bits, uint32_t q_bits, V* out) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     const __m512i a = _mm512_maskz_loadu_epi16(first32(n) & p_bits, p);
     const __m512i b = _mm512_maskz_loadu_epi16(q ? first32(n) & q_bits : 0, q ? q : p);
     out[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
     out[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
   }
-  LK_INLINE V mac(V c, V w, uint32_t pair) { return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(w), (__m512bh)_mm512_set1_epi32(static_cast<int>(pair))); }
+  LK_INLINE V mac(V c, V w, uint32_t pair) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(w), (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)));
+  }
   LK_INLINE V step(V c, V w, const bf16* x) {
     uint32_t pair;
     __builtin_memcpy(&pair, x, 4);

@@ -80,7 +80,8 @@ void wide_of(const lk::WideArgs& a, int64_t c0, int64_t c1, float* ws) {
       wide_product(a.M, static_cast<const T*>(a.h.p), a.h.ld, static_cast<const T*>(a.b.p) + c, a.b.ld, a.R, cols, ws, block);
       if (a.out_keep.p) {
         for (int64_t m = 0; m < a.M; m++)
-          for (int64_t j = 0; j < cols; j += L) store(ws + m * block + j, keep(mul(load(ws + m * block + j), set1(a.keep_scale)), keep_bits(a.out_keep, m, c + j)));
+          for (int64_t j = 0; j < cols; j += L)
+            store(ws + m * block + j, keep(mul(load(ws + m * block + j), set1(a.keep_scale)), keep_bits(a.out_keep, m, c + j)));
       }
     }
     for (int64_t n = 0; n < a.N; n += FLUSH) {
@@ -89,7 +90,8 @@ void wide_of(const lk::WideArgs& a, int64_t c0, int64_t c1, float* ws) {
       flush(a.M, cols, ws, total, block);
     }
     for (int64_t m = 0; m < a.M; m++)
-      for (int64_t j = 0; j < cols; j += L) store(static_cast<T*>(a.out.p) + m * a.out.ld + c + j, mul(load(total + m * block + j), set1(a.alpha)), cols - j);
+      for (int64_t j = 0; j < cols; j += L)
+        store(static_cast<T*>(a.out.p) + m * a.out.ld + c + j, mul(load(total + m * block + j), set1(a.alpha)), cols - j);
   }
 }
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _device
 from .._errors import LoraValueError
 from ..reference import drop_threshold, keep_scale, unpack_bits
 from ..tuning import cpu as plan

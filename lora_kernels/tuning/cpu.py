@@ -66,7 +66,7 @@ def _rows(isa: str) -> list[dict]:
 
 
 def _rule(op: str, M: int) -> str:
-    return "in_place" if M <= (32 if op == "fwd" else 8) else "panels"
+    return "in_place" if (32 if op == "fwd" else 8) >= M else "panels"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -77,7 +77,10 @@ def form(op: str, dtype: int, M: int, N: int, K: int) -> int:
     if M == 0:
         return 0
     rows = [row for row in _rows(_isa) if row["op"] == op and row["dtype"] == DTYPES[dtype]]
-    apart = lambda row: abs(math.log(row["N"] / N)) + abs(math.log(row["K"] / K))
+
+    def apart(row: dict) -> float:
+        return abs(math.log(row["N"] / N)) + abs(math.log(row["K"] / K))
+
     best = min(rows, key=apart, default=None)
     if best is None or abs(math.log(best["N"] * best["K"] / (N * K))) > NEAR:
         return FORMS.index(_rule(op, M))

@@ -43,12 +43,14 @@ struct Matrix {  // rows x cols in the type's bytes, row stride ld, not a byte m
 void expect(bool ok, const char* isa, const char* what, int64_t M, int64_t N, int64_t K, int64_t R) {
   if (ok) return;
   failures++;
-  std::printf("%s: wrong %s at M %ld N %ld K %ld R %ld\n", isa, what, static_cast<long>(M), static_cast<long>(N), static_cast<long>(K), static_cast<long>(R));
+  std::printf("%s: wrong %s at M %ld N %ld K %ld R %ld\n", isa, what, static_cast<long>(M), static_cast<long>(N), static_cast<long>(K),
+              static_cast<long>(R));
 }
 
 void run(int64_t M, int64_t N, int64_t K, int64_t R, lk::Dtype type, lk::Dtype adapter, lk::Form form, uint32_t threshold, int64_t pad) {
   std::mt19937 rng(static_cast<unsigned>(M * 131 + N * 17 + K * 3 + R));
-  Matrix x(M, K, type, pad, rng), w(N, K, type, pad, rng), bias(1, N, type, 0, rng), a(R, K, adapter, pad, rng), b(N, R, adapter, pad, rng), dy(M, N, type, pad, rng);
+  Matrix x(M, K, type, pad, rng), w(N, K, type, pad, rng), bias(1, N, type, 0, rng), a(R, K, adapter, pad, rng), b(N, R, adapter, pad, rng),
+      dy(M, N, type, pad, rng);
   Matrix y(M, N, type, 0, rng), h(M, R, type, 0, rng), dx(M, K, type, 0, rng), d_a(R, K, adapter, 0, rng), d_b(N, R, adapter, 0, rng);
   std::unique_ptr<uint32_t[]> mask(new uint32_t[static_cast<size_t>(M * ((K + 31) / 32))]);
   const int64_t seed = 77;
@@ -58,7 +60,9 @@ void run(int64_t M, int64_t N, int64_t K, int64_t R, lk::Dtype type, lk::Dtype a
   if (type != lk::kF32 || form == lk::kRankOnly) return;
   const char* isa = lk::kernels().name;
   const double scale = threshold ? 65536.0 / (65536 - threshold) : 1;
-  const auto keep = [&](int64_t m, int64_t k) { return threshold ? scale * (mask[static_cast<size_t>(m * ((K + 31) / 32) + k / 32)] >> (k % 32) & 1) : 1.0; };
+  const auto keep = [&](int64_t m, int64_t k) {
+    return threshold ? scale * (mask[static_cast<size_t>(m * ((K + 31) / 32) + k / 32)] >> (k % 32) & 1) : 1.0;
+  };
   for (int64_t m = 0; m < M; m++) {
     std::unique_ptr<double[]> g(new double[static_cast<size_t>(R)]());
     for (int64_t r = 0; r < R; r++) {
@@ -85,7 +89,7 @@ void run(int64_t M, int64_t N, int64_t K, int64_t R, lk::Dtype type, lk::Dtype a
 }  // namespace
 
 int main() {
-  const int64_t shapes[][4] = {{0, 5, 7, 3},    {1, 1, 1, 1},     {1, 33, 65, 4},  {2, 65, 33, 3}, {3, 17, 31, 5},  {5, 63, 129, 17},
+  const int64_t shapes[][4] = {{0, 5, 7, 3},    {1, 1, 1, 1},     {1, 33, 65, 4},  {2, 65, 33, 3},  {3, 17, 31, 5},  {5, 63, 129, 17},
                                {7, 100, 95, 8}, {13, 66, 63, 24}, {33, 31, 47, 9}, {50, 7, 70, 65}, {61, 130, 2, 2}, {2, 3, 2101, 1}};
   int runs = 0;
   for (const std::string& isa : lk::isas()) {

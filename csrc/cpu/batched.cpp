@@ -75,7 +75,7 @@ void lora_batched_fwd(const Batched& b) {
   const Kernels& k = kernels();
   if (b.M == 0) return;
   const Order order(b.ids, b.M, b.L);
-  const auto rank = [&](int64_t l) -> int64_t { return b.ranks ? b.ranks[l] : b.R; };
+  const auto rank = [&](int64_t l) -> int64_t { return b.ranks ? std::clamp<int64_t>(b.ranks[l], 0, b.R) : b.R; };
   struct Size {
     int64_t rows, cols;
   };

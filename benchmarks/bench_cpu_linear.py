@@ -63,9 +63,11 @@ def competitors(weights, a, b, dtype):
     calls = {
         "base": lambda x, i: F.linear(x, weights[i % n]),
         "naive": lambda x, i: F.linear(x, weights[i % n]) + SCALING * F.linear(F.linear(x, a), b),
-        "addmm": lambda x, i: torch.addmm(F.linear(x, weights[i % n]), F.linear(x, a), b.t(), alpha=SCALING)
-        if torch.is_grad_enabled()
-        else F.linear(x, weights[i % n]).addmm_(F.linear(x, a), b.t(), alpha=SCALING),
+        "addmm": lambda x, i: (
+            torch.addmm(F.linear(x, weights[i % n]), F.linear(x, a), b.t(), alpha=SCALING)
+            if torch.is_grad_enabled()
+            else F.linear(x, weights[i % n]).addmm_(F.linear(x, a), b.t(), alpha=SCALING)
+        ),
     }
     for name, adapter_dtype in (("peft", dtype), ("peft32", torch.float32)):
         if name == "peft32" and dtype == torch.float32:

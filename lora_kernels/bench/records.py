@@ -42,13 +42,9 @@ def read(path: Path) -> dict:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise LoraValueError(
-            message(f"{path} cannot be read", f"{type(error).__name__}: {error}", fix="run lora-kernels bench again")
-        ) from error
+        raise LoraValueError(message(f"{path} cannot be read", f"{type(error).__name__}: {error}", fix="run lora-kernels bench again")) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or data.get("suite") not in SUITES:
-        raise LoraValueError(
-            message(f"{path} is no results file of this version", allowed=f"schema {SCHEMA}", fix="run lora-kernels bench again")
-        )
+        raise LoraValueError(message(f"{path} is no results file of this version", allowed=f"schema {SCHEMA}", fix="run lora-kernels bench again"))
     return data
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 
 
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
-    """Least seconds of `run` after two warm-ups: a ceiling is the best this device was seen to do."""
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 15, patience: float = 1.0) -> float:
+    """Least seconds of `run` after two warm-ups: a ceiling is the best this device was seen to do. On a CPU for `patience` seconds."""
     run()
     run()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < repeats or (device.type == "cpu" and time.perf_counter() - began < patience):
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -26,7 +26,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Layers this small run 10 times as fast on one thread where other processes want the cores too. Import it to use it."""
     threads = torch.get_num_threads()
@@ -91,9 +91,9 @@ def random_tensors(base: nn.Module, names: tuple[str, ...], r: int, seed: int, s
     return tensors
 
 
-def by_hand(base: nn.Module, folder: Path, scaling: float, ids: Tensor) -> Tensor:
-    """Logits of `base` with the adapter's tensors, as the safetensors library reads them, added to the weights in float64."""
-    model, tensors = copy.deepcopy(base).double(), load_file(folder / "adapter_model.safetensors")
+def by_hand(folder: Path, scaling: float, ids: Tensor) -> Tensor:
+    """The tiny Llama's logits with the adapter's tensors, as the safetensors library reads them, added to its weights in float64."""
+    model, tensors = tiny_llama().double(), load_file(folder / "adapter_model.safetensors")
     for key, a in tensors.items():
         if key.endswith("lora_A.weight"):
             module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")

@@ -35,6 +35,7 @@ def config(folder, **changes):
     return read_config(folder)
 
 
+CHANGE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
 REFUSALS = {
     "dora": ({"use_dora": True}, "DoRA"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "whole modules were trained"),

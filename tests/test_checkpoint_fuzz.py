@@ -99,12 +99,11 @@ def test_every_truncation_is_refused(bench):
 
 
 def test_a_file_that_ends_while_it_is_read(bench):
-    name = f"{Q0}.lora_A.weight"
     with TensorFile(bench.path) as file:
-        bench.path.write_bytes(bench.good[:-3000])
+        last = max(file.entries, key=lambda name: file.entries[name].end)
+        bench.path.write_bytes(bench.good[:-100])
         with pytest.raises(LoraKernelsError, match="the file ended while"):
-            for name in file.entries:
-                file.read(name, torch.empty(4096, dtype=torch.uint8))
+            file.read(last, torch.empty(4096, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("where", ["header", "data", "config"])

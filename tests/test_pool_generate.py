@@ -41,7 +41,7 @@ def test_mixed_batch_gives_pefts_tokens(setting, options, exact_base):
             pool.load(name, folder)
         with pool.batch(NAMES):
             mixed = generate(base, prompts, mask, **options)
-    for name, got, expected in zip(NAMES, mixed, alone):
+    for name, got, expected in zip(NAMES, mixed, alone, strict=True):
         assert got.tolist() == expected.tolist(), f"{name}: other tokens than PEFT"
     assert len({tuple(row.tolist()) for row in mixed[:, -NEW:]}) > len(NAMES) // 2, "the adapters make no difference: the test shows nothing"
 

@@ -156,7 +156,7 @@ def test_siblings_do_not_share_when_x_changed_in_between(base, pool):
         got = [mlp.up_proj(work)]
         attention.q_proj(x)
         got += [attention.k_proj(other), attention.v_proj(x)]
-    for mine, theirs in zip(got, expected):
+    for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 

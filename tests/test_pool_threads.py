@@ -91,7 +91,7 @@ def test_no_wrong_row_while_eight_threads_load(tmp_path, seconds):
                     return
                 if not torch.equal(*outputs):
                     wrong.append(f"batch {chosen} changed while it ran")
-                for n, row in zip(chosen, outputs[0]):
+                for n, row in zip(chosen, outputs[0], strict=True):
                     if not any(torch.equal(row, version) for version in ([plain] if n is None else expected[n])):
                         wrong.append(f"a row of adapter {n} is none of its versions")
                 count(batches=1, rows=ROWS)

@@ -31,7 +31,7 @@ def check_pool_b(op: str, x: Tensor, pools_b: list[Tensor], S: int, L: int, R: i
 
 def check_base(op: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pools_b: list[Tensor]) -> None:
     """One weight `[N_i, K]` and bias `[N_i]` or None per slice, in x's dtype."""
-    for w, bias, b in zip(weights, biases, pools_b):
+    for w, bias, b in zip(weights, biases, pools_b, strict=True):
         N = b.shape[1]
         if w.shape != (N, x.shape[-1]):
             raise LoraValueError(message(f"{op}: weight does not fit x and pool_b", f"weight {_shape(w)}", f"[{N}, {x.shape[-1]}]"))

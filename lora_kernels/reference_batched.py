@@ -29,7 +29,7 @@ from . import reference
 
 def _present(ids: Tensor, L: int) -> list[int]:
     """The adapters of the batch, ascending."""
-    return [l for l in torch.unique(ids).tolist() if 0 <= l < L]
+    return [slot for slot in torch.unique(ids).tolist() if 0 <= slot < L]
 
 
 def _table(given: Tensor | None, S: int, L: int, full: float) -> list[list]:
@@ -40,15 +40,15 @@ def _table(given: Tensor | None, S: int, L: int, full: float) -> list[list]:
 def slices(widths: list[int]) -> list[slice]:
     """Column ranges of y, one per output slice."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    return [slice(end - width, end) for width, end in zip(widths, ends)]
+    return [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
 
 
 def _full_rank(pool_a: Tensor, S: int, rank_packed: bool) -> int:
     return pool_a.shape[1] // S if rank_packed else pool_a.shape[1]
 
 
-def _a(pool: Tensor, i: int, l: int, r: int, rank_packed: bool) -> Tensor:
-    return pool[l, i * r : (i + 1) * r] if rank_packed else pool[l, :r]
+def _a(pool: Tensor, i: int, slot: int, r: int, rank_packed: bool) -> Tensor:
+    return pool[slot, i * r : (i + 1) * r] if rank_packed else pool[slot, :r]
 
 
 def _keep_mask(ids: Tensor, present: list[int], dropout_p: Tensor | None, seed: Tensor | None, M: int, K: int) -> Tensor:
@@ -56,14 +56,14 @@ def _keep_mask(ids: Tensor, present: list[int], dropout_p: Tensor | None, seed: 
     if dropout_p is None:
         return ids.new_empty(0)
     mask = torch.full((M, -(-K // 32)), -1, dtype=torch.int32, device=ids.device)
-    for l in present:
-        if (p := float(dropout_p[l])) > 0:
-            mask = torch.where((ids == l).unsqueeze(1), reference.dropout_mask(seed, M, K, p), mask)
+    for slot in present:
+        if (p := float(dropout_p[slot])) > 0:
+            mask = torch.where((ids == slot).unsqueeze(1), reference.dropout_mask(seed, M, K, p), mask)
     return mask
 
 
-def _dropped(x: Tensor, mask: Tensor, dropout_p: Tensor | None, l: int) -> Tensor:
-    p = 0.0 if dropout_p is None else float(dropout_p[l])
+def _dropped(x: Tensor, mask: Tensor, dropout_p: Tensor | None, slot: int) -> Tensor:
+    p = 0.0 if dropout_p is None else float(dropout_p[slot])
     return reference._drop(x, mask, p) if p > 0 else x
 
 
@@ -72,7 +72,7 @@ def _each_row(M: int, run):
     parts = [run(slice(m, m + 1)) for m in range(M)]
     if isinstance(parts[0], Tensor):
         return torch.cat(parts, -2)
-    return tuple(torch.cat(column, -2) for column in zip(*parts))
+    return tuple(torch.cat(column, -2) for column in zip(*parts, strict=True))
 
 
 def _forward(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, mask, rank_packed):
@@ -82,12 +82,12 @@ def _forward(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout
     ys, present = [], _present(ids, L)
     for i in range(S):
         y = F.linear(x, weights[i], biases[i])
-        for l in present:
-            if (r := ranks[i][l]) == 0:
+        for slot in present:
+            if (r := ranks[i][slot]) == 0:
                 continue
-            mine = (ids == l).unsqueeze(1)
-            a, b = _a(pools_a[i], i, l, r, rank_packed).to(x.dtype), pools_b[i][l, :, :r].to(x.dtype)
-            hl = reference._scaled_mm(_dropped(x, mask, dropout_p, l), a.t(), scalings[i][l])
+            mine = (ids == slot).unsqueeze(1)
+            a, b = _a(pools_a[i], i, slot, r, rank_packed).to(x.dtype), pools_b[i][slot, :, :r].to(x.dtype)
+            hl = reference._scaled_mm(_dropped(x, mask, dropout_p, slot), a.t(), scalings[i][slot])
             h[i, :, :r] = torch.where(mine, hl, h[i, :, :r])
             y = torch.where(mine, torch.addmm(y, hl, b.t()), y)
         ys.append(y)
@@ -155,22 +155,22 @@ def lora_batched_bwd(
     dx = dy @ torch.cat(weights) if need_dx and S > 1 else dy @ weights[0] if need_dx else x.new_empty(0)
     das = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in pools_a] if need_da else []
     dbs = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in pools_b] if need_db else []
-    for l in present:
-        rows = (ids == l).nonzero().flatten()
+    for slot in present:
+        rows = (ids == slot).nonzero().flatten()
         mask_rows = mask if dropout_p is None else mask[rows]
         for i in range(S):
-            if (r := ranks[i][l]) == 0:
+            if (r := ranks[i][slot]) == 0:
                 continue
             dy_i = dy[rows, cuts[i]]
-            a, b = pools_a[i][l, :r].to(x.dtype), pools_b[i][l, :, :r].to(x.dtype)
+            a, b = pools_a[i][slot, :r].to(x.dtype), pools_b[i][slot, :, :r].to(x.dtype)
             if need_dx or need_da:
-                g = reference._scaled_mm(dy_i, b, scalings[i][l])
+                g = reference._scaled_mm(dy_i, b, scalings[i][slot])
             if need_dx:
-                dx[rows] += _dropped(g @ a, mask_rows, dropout_p, l)
+                dx[rows] += _dropped(g @ a, mask_rows, dropout_p, slot)
             if need_da:
-                das[i][l, :r] = (g.t() @ _dropped(x[rows], mask_rows, dropout_p, l)).to(das[i].dtype)
+                das[i][slot, :r] = (g.t() @ _dropped(x[rows], mask_rows, dropout_p, slot)).to(das[i].dtype)
             if need_db:
-                dbs[i][l, :, :r] = (dy_i.t() @ h[i, rows, :r]).to(dbs[i].dtype)
+                dbs[i][slot, :, :r] = (dy_i.t() @ h[i, rows, :r]).to(dbs[i].dtype)
     return dx, das, dbs
 
 
@@ -197,10 +197,10 @@ def lora_shrink(
         xw, mine = x[rows].to(wide), ids[rows].unsqueeze(1)
         h = xw.new_zeros((S, xw.shape[0], R))
         for i in range(S):
-            for l in present:
-                r = ranks[i][l]
-                a = _a(pools_a[i], i, l, r, rank_packed).to(x.dtype).to(wide)
-                h[i, :, :r] = torch.where(mine == l, reference._scaled_mm(xw, a.t(), scalings[i][l]), h[i, :, :r])
+            for slot in present:
+                r = ranks[i][slot]
+                a = _a(pools_a[i], i, slot, r, rank_packed).to(x.dtype).to(wide)
+                h[i, :, :r] = torch.where(mine == slot, reference._scaled_mm(xw, a.t(), scalings[i][slot]), h[i, :, :r])
         return h
 
     return _each_row(x.shape[0], run) if batch_invariant and x.shape[0] > 1 else run(slice(None))
@@ -219,9 +219,9 @@ def lora_expand(
         mine = ids[rows].unsqueeze(1)
         for i in range(S):
             part = y[rows, cuts[i]]
-            for l in present:
-                r = ranks[i][l]
-                part.copy_(torch.where(mine == l, torch.addmm(part, h[i, rows, :r], pools_b[i][l, :, :r].to(y.dtype).t()), part))
+            for slot in present:
+                r = ranks[i][slot]
+                part.copy_(torch.where(mine == slot, torch.addmm(part, h[i, rows, :r], pools_b[i][slot, :, :r].to(y.dtype).t()), part))
 
 
 def _takes_all(*_args: object) -> str | None:

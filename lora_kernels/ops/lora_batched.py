@@ -97,8 +97,8 @@ class _LoraBatched(torch.autograd.Function):
         need_dx, need_bias, need_da, need_db = needs[0], needs[1 + S : 1 + 2 * S], needs[1 + 2 * S : 1 + 3 * S], needs[1 + 3 * S :]
         constants = (call.ids, call.ranks, call.scalings, call.dropout_p, call.table, call.block)
         dx, da, db = _bwd(dy, x, weights, pools_a, pools_b, h, mask, *constants, need_dx, any(need_da), any(need_db), call.backend, call.strict)
-        dbias = [part.sum(0) if need else None for part, need in zip(dy.split(ctx.widths, 1), need_bias)]
-        wanted = [*zip(da or [None] * S, need_da), *zip(db or [None] * S, need_db)]
+        dbias = [part.sum(0) if need else None for part, need in zip(dy.split(ctx.widths, 1), need_bias, strict=True)]
+        wanted = [*zip(da or [None] * S, need_da, strict=True), *zip(db or [None] * S, need_db, strict=True)]
         return None, None, dx if need_dx else None, *[None] * S, *dbias, *[g if need else None for g, need in wanted]
 
 
@@ -220,9 +220,9 @@ def lora_batched_linear(
     S, stacked = len(pools_a), isinstance(weight, Tensor)
     if _autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        cast = lambda t: t if t is None else t.to(dtype)
-        x, weight = cast(x), cast(weight) if stacked else [cast(w) for w in weight]
-        bias = cast(bias) if bias is None or isinstance(bias, Tensor) else [cast(b) for b in bias]
+        x, weight = x.to(dtype), weight.to(dtype) if stacked else [w.to(dtype) for w in weight]
+        if bias is not None:
+            bias = bias.to(dtype) if isinstance(bias, Tensor) else [b if b is None else b.to(dtype) for b in bias]
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     L, R = pools_a[0].shape[0], pools_a[0].shape[1] // (S if rank_packed else 1)
     _checks_batched.check_pool_b(op, x, pools_b, S, L, R)

@@ -1,0 +1,143 @@
+"""Launching: one compiled kernel per `Launcher`, device guard, sync workspace, and a recorder that lets configs be compiled without a GPU.
+
+Triton's own launch binds, specialises and hashes every argument of every call (about 20 us for 25 arguments) and encodes each TMA
+descriptor anew. A `Launcher` belongs to one call signature (shapes, strides, dtypes, alignment), so it goes through Triton once and
+afterwards hands raw pointers, remembered descriptors and a constant tail straight to the compiled kernel's C launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import _device
+
+_MAX_DESCRIPTORS = 256  # remembered per descriptor argument; addresses come back, as the caching allocator reuses its blocks
+PROGRAMS = 132  # of a device that is not there: H200 when recording
+_recorded: list | None = None
+
+
+class Launcher:
+    """One kernel with its constexprs and options, for calls that differ only in addresses and float arguments.
+
+    The kernel's parameters stand in the order: descriptors, pointers, floats, ints, constexprs.
+    """
+
+    __slots__ = ("blocks", "constants", "encode", "fn", "function", "grid", "head", "ints", "maps", "raw", "tail", "warps_stages")
+
+    def __init__(self, fn, grid: Sequence[int], blocks: Sequence[Sequence[int]], ints: Sequence[int], warps: int, stages: int, **constants: Any):
+        self.fn = fn
+        self.grid = (*grid, 1, 1)[:3]
+        self.blocks = [list(block) for block in blocks]
+        self.ints = tuple(ints)
+        self.constants = constants
+        self.warps_stages = {"num_warps": warps, "num_stages": stages}
+        self.maps: list[dict[int, list]] = [{} for _ in blocks]
+        self.raw = None
+
+    def __call__(self, stream: int, described: Sequence[Tensor], pointers: Sequence[Tensor | None], floats: Sequence[float] = ()) -> None:
+        if self.raw is None or knobs.runtime.launch_enter_hook is not None:  # a profiler's hook wants Triton's own launch
+            self._first(described, pointers, floats)
+            return
+        args: list = []
+        for maps, tensor, block in zip(self.maps, described, self.blocks):
+            address = tensor.data_ptr()
+            args += maps.get(address) or self._describe(maps, address, tensor, block)
+        args += [p if p is None else p.data_ptr() for p in pointers]
+        self.raw(*self.grid, stream, self.function, *self.head, *args, *floats, *self.tail)
+
+    def _first(self, described: Sequence[Tensor], pointers: Sequence[Tensor | None], floats: Sequence[float]) -> None:
+        args = [*map(TensorDescriptor.from_tensor, described, self.blocks), *pointers, *floats, *self.ints]
+        if _recorded is not None:
+            _recorded.append((self, args))
+            return
+        if isinstance(self.fn, InterpretedFunction):
+            self.fn[self.grid](*args, **self.constants)
+            return
+        compiled = self.fn.run(*args, grid=self.grid, warmup=False, **self.constants, **self.warps_stages)
+        launcher = compiled.run
+        if launcher.global_scratch_size or launcher.profile_scratch_size:
+            return  # needs a buffer per launch: stay on Triton's own path
+        self.raw, self.encode = _c_launch(launcher)
+        self.function = compiled.function
+        self.head = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
+        self.tail = (*self.ints, *(self.constants[name] for name in self.fn.arg_names if name in self.constants))
+
+    def _describe(self, maps: dict[int, list], address: int, tensor: Tensor, block: list[int]) -> list:
+        """The kernel arguments of one descriptor (encoded map, shape, strides), remembered by address."""
+        if len(maps) >= _MAX_DESCRIPTORS:
+            maps.clear()
+        position = next(i for i, m in enumerate(self.maps) if m is maps)
+        maps[address] = self.encode(TensorDescriptor.from_tensor(tensor, block), position)
+        return maps[address]
+
+
+def _c_launch(launcher: Any) -> tuple[Any, Any]:
+    """Triton's C launch function of a compiled kernel and the encoder of its descriptors; (None, None) where this Triton has another layout."""
+    launch = launcher.launch
+    if getattr(launch, "__closure__", None) is None:
+        return launch, None
+    inside = inspect.getclosurevars(launch).nonlocals
+    metas = inside.get("tensordesc_meta")
+    if "launcher" not in inside or not metas or None in metas:
+        return None, None
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    return inside["launcher"], lambda descriptor, position: make_tensordesc_arg(descriptor, metas[position])
+
+
+def on_device(tensor: Tensor, run: Callable, *args: Any) -> Any:
+    """`run(stream, *args)` with the tensor's device current."""
+    if not tensor.is_cuda:
+        return run(0, *args)  # interpreter, or recording
+    index = tensor.device.index
+    if index == torch._C._cuda_getDevice():
+        return run(torch._C._cuda_getCurrentRawStream(index), *args)
+    with torch.cuda.device(index):
+        return run(torch._C._cuda_getCurrentRawStream(index), *args)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's precision: for fp32 inputs as torch's TF32 setting says."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def programs(device: torch.device) -> int:
+    """Programs of a persistent grid: one per SM."""
+    return _device.sm_count(device.index or 0) if device.type == "cuda" else PROGRAMS
+
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def workspace(device: torch.device, stream: int, ints: int) -> Tensor:
+    """Zeroed int32 flags for a kernel that leaves them zero: one buffer per stream, as kernels on two streams may run at once.
+
+    Under capture every call gets its own, zeroed by a memset node: a graph may be replayed on any stream, beside any other graph.
+    """
+    if device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
+        return torch.zeros(ints, dtype=torch.int32, device=device)
+    found = _workspaces.get((device, stream))
+    if found is None or found.numel() < ints:
+        # The zeroing runs on the stream that will use it; an outgrown buffer goes back to the allocator, which reuses it on this stream.
+        found = _workspaces[device, stream] = torch.zeros(max(ints, 1024), dtype=torch.int32, device=device)
+    return found
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list]:
+    """Collect launches as (launcher, arguments) instead of running them; tensors may be on the meta device."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None

@@ -1,0 +1,221 @@
+"""Many adapters, few rows: h units dealt by a ticket, and the one-launch layer built on them.
+
+Synchronisation, argued once for both kernels. `sync` is int32 and all zero before and after every launch:
+
+    [0] ticket    [1] groups of h published    [2] programs that have left
+    [3 ...] one arrival counter per group, then one per column tile
+
+A *group* is one slice of h for one token block and one chunk of BR rank columns; it has KC *units*, one per part of K.
+
+Every unit once: a unit is claimed by adding to the ticket, so no number is drawn twice; each program draws until its number is past the
+last unit, so when any program stops drawing, all units have been drawn.
+No wait on work that cannot run: a program waits only after it has stopped drawing, and then for units drawn by programs that are running
+(they drew), and that wait for nothing while they hold a unit (the loop over units has no wait in it). So they finish, whatever the number
+of programs that are resident: nothing is assumed about co-residency, and the waiting programs need not make room.
+Publication: all threads store, a CTA barrier orders them before one thread's atomic with release at gpu scope (barrier and release are
+cumulative), and the reader's acquire is followed by a CTA barrier (Triton broadcasts the scalar through shared memory) before the loads,
+which skip L1 (.cg). The data are plain stores, never a descriptor (TMA) store: those belong to the async proxy, and a release does not
+order them. The last arriver at a counter acquires with the same atomic (acq_rel), so it sees the parts of all others.
+Nothing is summed by arrival: the last arriver reads the parts back and adds them in ascending order, its own among them.
+Self-reset: an arrival counter is put back by its last arriver, whom nobody follows in this launch. Ticket, groups and exits are put back
+by the program that leaves last: every other program has added to exits after its last use of them. A relaxed store is enough there, for the
+next reader is another launch on the same stream. Replays of a CUDA graph therefore start clean with no memset.
+`sync` belongs to one stream (see `scratch` in kernels/batched.py); two launches that overlap must not share it.
+
+A row's bits do not depend on its neighbours: the parts of h are cut by (K, KC), not by the number of units; the low-rank term of a row is
+never added to a base part, for which part would depend on the row's block number: it goes to a slab of its own, `lora`, and is added last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .batched_prefill import pick, rank_of, slice_of
+
+TICKET, GROUPS, EXITS, COUNTERS = (tl.constexpr(v) for v in range(4))
+
+
+@triton.jit
+def h_unit(
+    u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+    o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC,
+    S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
+    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Unit u: the part of h[i, rows of a block, BR columns] from one part of K; the last of the group's KC units sums and stores h."""
+    group = u // KC
+    part = u % KC
+    block = group % blocks
+    i = group // blocks // RC
+    r0 = group // blocks % RC * BR
+    start = tl.load(table_ptr + o_blk_start + block)
+    length = tl.load(table_ptr + o_blk_len + block)
+    adapter = tl.load(table_ptr + o_blk_adapter + block)
+    rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
+    if r0 < rank:
+        rt = tl.arange(0, TB)
+        rr = r0 + tl.arange(0, BR)
+        live = rt < length
+        rows = tl.load(table_ptr + o_order + start + rt, mask=live, other=0).to(tl.int64)
+        a_ptr = pick(as_, i, S) + adapter.to(tl.int64) * sal
+        if PACKED:
+            a_ptr += i * rank * sar
+        per_part = tl.cdiv(tl.cdiv(K, KC), BK) * BK
+        acc = tl.zeros((TB, BR), tl.float32)
+        for k in range(part * per_part, min((part + 1) * per_part, K), BK):
+            rk = k + tl.arange(0, BK)
+            x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=live[:, None] & (rk[None, :] < K), other=0.0)
+            a = tl.load(a_ptr + rr[:, None] * sar + rk[None, :] * sak, mask=(rr[:, None] < rank) & (rk[None, :] < K), other=0.0)
+            acc = tl.dot(x, a.to(x_ptr.dtype.element_ty).T, acc, input_precision=PREC)
+        scale = 1.0
+        if HAS_SCALINGS:
+            scale = tl.load(scalings_ptr + i * ssc + adapter)
+        hp = h_ptr + i * shs + rows[:, None] * shm + rr[None, :]
+        keep = live[:, None] & (rr[None, :] < rank)
+        if KC == 1:
+            tl.store(hp, (acc * scale).to(h_ptr.dtype.element_ty), mask=keep)
+        else:
+            parts = hpart_ptr + group.to(tl.int64) * (KC * TB * BR) + rt[:, None] * BR + tl.arange(0, BR)[None, :]
+            tl.store(parts + part * (TB * BR), acc)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(sync_ptr + COUNTERS + group, 1, sem="acq_rel", scope="gpu")
+            if arrived == KC - 1:
+                total = tl.zeros((TB, BR), tl.float32)
+                for c in range(KC):
+                    total += tl.load(parts + c * (TB * BR), cache_modifier=".cg")
+                tl.store(hp, (total * scale).to(h_ptr.dtype.element_ty), mask=keep)
+                tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+    o_order, o_blk_start, o_blk_len, o_blk_adapter, RC,
+    S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
+    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """h[i, m, :r] = scale[i, l] x[m] A_i[l, :r]^T, l the adapter of row m.
+
+    Shapes: x `[M, K]`; A_i `[L, R, K]` (PACKED: `[L, S R, K]`) x's dtype or float32; h `[S, M, R]` any dtype, written where l and r exist.
+    Grid: (max_blocks * S * RC * KC); programs past the blocks of this batch leave at once.
+    Memory: x once per slice and rank chunk, A_l once per token block; with KC > 1 the parts, float32, written and read once.
+    Numerics: float32 over ascending k, KC parts added in order, scale applied to the float32 sum. No atomics on data.
+    Source: BGMV/SGMV shrink, arXiv:2310.18547.
+    """
+    blocks = tl.load(table_ptr)
+    u = tl.program_id(0)
+    if u < blocks * S * RC * KC:
+        h_unit(
+            u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+            o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
+        )  # fmt: skip
+
+
+@triton.jit
+def decode_kernel(
+    x_ptr, y_ptr, h_ptr, hpart_ptr, part_ptr, lora_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, ws, biases, as_, bs, Ns, sbls,
+    M, K, R, sxm, sym, swn, sal, sar, shs, shm, sbn, srk, ssc,
+    o_order, o_blk_start, o_blk_len, o_blk_adapter, RC, total_n, max_groups,
+    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
+    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = x[m] W_i[n]^T + b_i[n] + h[i, m, :r] B_i[l, n, :r]^T for M <= BM rows, shrink and expand in the same launch.
+
+    Shapes: as `batched_linear_kernel` and `shrink_kernel`; part `[SPLIT_K, total_n, BM]`, lora `[total_n, BM]`,
+        hpart `[groups, KC, TB, BR]`, float32.
+    Grid: (column tiles of all slices, SPLIT_K). W's rows stand on the wide side of the MMA, the rows of x on the narrow one.
+    Memory: W once, A_l once per token block, B_l once per token block, y once; x and h from L2; parts of y through L2 when SPLIT_K > 1.
+    Numerics: float32; parts of K added in ascending order, then the low-rank term, then the bias. Same bits every run.
+    Source: stream-K style fix-up, arXiv:2301.03598; BGMV, arXiv:2310.18547.
+    """
+    blocks = tl.load(table_ptr)
+    groups = blocks * S * RC
+    # 1. h: draw units until none is left.
+    u = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+    while u < groups * KC:
+        h_unit(
+            u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, 1, shs, shm, srk, ssc,
+            o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
+        )  # fmt: skip
+        # One count per unit: the group's last unit counts after it stored h, and all others' counts are needed before the total is full.
+        tl.debug_barrier()
+        tl.atomic_add(sync_ptr + GROUPS, 1, sem="release", scope="gpu")
+        u = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
+
+    # 2. this program's part of the base product.
+    pn = tl.program_id(0)
+    ps = tl.program_id(1)
+    i, tile, col0 = slice_of(pn, Ns, S, BN)
+    N = pick(Ns, i, S)
+    rn = tile * BN + tl.arange(0, BN)
+    wn = tl.where(rn < N, rn, 0).to(tl.int64)
+    rm = tl.arange(0, BM)
+    rows = tl.load(table_ptr + o_order + rm, mask=rm < M, other=0).to(tl.int64)
+    w_ptr = pick(ws, i, S)
+    per_split = tl.cdiv(tl.cdiv(K, SPLIT_K), BK) * BK
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in range(ps * per_split, min((ps + 1) * per_split, K), BK):
+        rk = k + tl.arange(0, BK)
+        w = tl.load(w_ptr + wn[:, None] * swn + rk[None, :], mask=rk[None, :] < K, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=rk[None, :] < K, other=0.0)
+        acc = tl.dot(w, x.T, acc, input_precision=PREC)
+    slab = (col0 + rn)[:, None] * BM + rm[None, :]
+    stored = rn[:, None] < N
+    if SPLIT_K > 1:
+        tl.store(part_ptr + ps * (total_n * BM) + slab, acc, mask=stored)
+
+    # 3. the low-rank term of every SPLIT_K-th token block, to the slab that no other program writes for these columns.
+    if ps < blocks:
+        while tl.atomic_add(sync_ptr + GROUPS, 0, sem="acquire", scope="gpu") < groups * KC:
+            pass
+        rr = tl.arange(0, BR)
+        rt = tl.arange(0, TB)
+        for block in range(ps, blocks, SPLIT_K):
+            start = tl.load(table_ptr + o_blk_start + block)
+            length = tl.load(table_ptr + o_blk_len + block)
+            adapter = tl.load(table_ptr + o_blk_adapter + block)
+            rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
+            mine = rt < length
+            hrows = tl.load(table_ptr + o_order + start + rt, mask=mine, other=0).to(tl.int64)
+            b_ptr = pick(bs, i, S) + adapter.to(tl.int64) * pick(sbls, i, S)
+            term = tl.full((BN, TB), -0.0, tl.float32)  # what rank 0 leaves
+            for r in tl.range(0, rank, BR, num_stages=1):  # one step for most; see batched_prefill on register operands
+                inside = (r + rr) < rank
+                b = tl.load(b_ptr + wn[:, None] * sbn + (r + rr)[None, :], mask=inside[None, :], other=0.0)
+                h = tl.load(
+                    h_ptr + i * shs + hrows[:, None] * shm + (r + rr)[None, :],
+                    mask=mine[:, None] & inside[None, :], other=0.0, cache_modifier=".cg",
+                )  # fmt: skip
+                term = tl.dot(b.to(x_ptr.dtype.element_ty), h.T, term, input_precision=PREC)
+            term_at = lora_ptr + (col0 + rn)[:, None] * BM + (start + rt)[None, :]
+            tl.store(term_at, term, mask=stored & mine[None, :])
+
+    # 4. the last program of a column tile adds the parts and stores y.
+    tl.debug_barrier()
+    arrivals = sync_ptr + COUNTERS + max_groups + pn
+    arrived = 0
+    if SPLIT_K > 1:
+        arrived = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
+    if arrived == SPLIT_K - 1:
+        if SPLIT_K > 1:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for s in range(SPLIT_K):
+                acc += tl.load(part_ptr + s * (total_n * BM) + slab, mask=stored, other=0.0, cache_modifier=".cg")
+            tl.atomic_xchg(arrivals, 0, sem="relaxed")
+        # -0.0 is what leaves every number as it is, also a base of -0.0.
+        with_adapter = rm < tl.load(table_ptr + 1)
+        acc += tl.load(lora_ptr + slab, mask=stored & with_adapter[None, :], other=-0.0, cache_modifier=".cg")
+        if HAS_BIAS:
+            acc += tl.load(pick(biases, i, S) + wn).to(tl.float32)[:, None]
+        yp = y_ptr + rows[None, :] * sym + (col0 + rn)[:, None]
+        tl.store(yp, acc.to(y_ptr.dtype.element_ty), mask=stored & (rm[None, :] < M))
+
+    # 5. the last program to leave puts back what is shared by all.
+    tl.debug_barrier()
+    left = tl.atomic_add(sync_ptr + EXITS, 1, sem="acq_rel", scope="gpu")
+    if left == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.atomic_xchg(sync_ptr + TICKET, 0, sem="relaxed")
+        tl.atomic_xchg(sync_ptr + GROUPS, 0, sem="relaxed")
+        tl.atomic_xchg(sync_ptr + EXITS, 0, sem="relaxed")

@@ -1,0 +1,172 @@
+"""The Triton implementations of `lora_linear_fwd` and `lora_linear_bwd`: a few launches, chosen once per call signature."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import _device, reference
+from ..tuning import store
+from ..tuning.plan import Problem, fit
+from ._launch import on_device
+from .column0 import Column0
+from .shrink import Shrink
+from .tall_skinny import TallSkinny
+from .update import Update
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_SIGNATURES = 4096
+_forwards: dict[tuple, "Forward"] = {}
+_backwards: dict[tuple, "Backward"] = {}
+
+
+def _regular(*tensors: Tensor) -> bool:
+    """Whether these 2-D tensors are 16-bit with contiguous rows, base and row pitch multiples of 16 bytes (what TMA can describe)."""
+    for t in tensors:
+        if t.element_size() != 2 or t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) < t.shape[1] or t.data_ptr() % 16:
+            return False
+    return True
+
+
+def _alignment(*tensors: Tensor | None) -> tuple | None:
+    """What Triton compiles in about addresses: None when all are 16-byte aligned, as nearly always, else one flag each."""
+    together = 0
+    for t in tensors:
+        if t is not None:
+            together |= t.data_ptr()
+    return tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors) if together & 15 else None
+
+
+def _put(cache: dict, key: tuple, made: object) -> object:
+    if len(cache) >= _MAX_SIGNATURES:
+        cache.clear()
+    cache[key] = made
+    return made
+
+
+class Forward:
+    """lora_linear_fwd for one call signature."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float):
+        (M, K), (N, R) = x.shape, lora_b.shape
+        problem = Problem("fwd", M, N, K, R, x.dtype, dropout_p > 0)
+        plan = store.choose(problem, x.device)
+        self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
+        self.shapes = ((M, N), (M, R), (M, -(-K // 32)) if dropout_p > 0 else (0,))
+        self.cast_a = lora_a.dtype != x.dtype
+        plan = fit(plan, problem, N % 8 == 0 and _regular(x, weight), K % 8 == 0 if self.cast_a else _regular(lora_a))
+        y = x.new_empty(self.shapes[0])
+        self.column0 = self.shrink = self.update = None
+        if plan.form == "column0":
+            self.column0 = Column0(plan, x, weight.t(), bias, lora_b.t(), y)
+            return
+        self.shrink = Shrink(x, lora_a, dropout_p)
+        if not self.torch_gemm:
+            self.update = Update(plan, x, weight.t(), bias, lora_b.t(), y)
+
+    def __call__(self, stream: int, x, weight, bias, lora_a, lora_b, scaling, seed) -> tuple[Tensor, Tensor, Tensor]:
+        y_shape, h_shape, mask_shape = self.shapes
+        h, mask = x.new_empty(h_shape), x.new_empty(mask_shape, dtype=torch.int32)
+        if self.column0 is not None:
+            y = x.new_empty(y_shape)
+            a = lora_a.to(x.dtype).contiguous() if self.cast_a else lora_a
+            self.column0(stream, x, weight, bias, a, lora_b, y, h, scaling)
+            return y, h, mask
+        self.shrink(stream, x, lora_a, h, mask, seed, scaling)
+        if self.update is None:
+            return torch.nn.functional.linear(x, weight, bias).addmm_(h, lora_b.t().to(x.dtype)), h, mask
+        y = x.new_empty(y_shape)
+        self.update(stream, x, weight, bias, h, lora_b, None, y)
+        return y, h, mask
+
+
+class Backward:
+    """lora_linear_bwd for one call signature."""
+
+    def __init__(self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx: bool, need_da: bool, need_db: bool):
+        (M, K), (N, R) = x.shape, lora_b.shape
+        problem = Problem("dx", M, K, N, R, x.dtype, dropout_p > 0)
+        plan = store.choose(problem, x.device)
+        self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
+        self.cast_b = lora_b.dtype != x.dtype
+        plan = fit(plan, problem, K % 8 == 0 and _regular(dy, weight), R % 8 == 0 if self.cast_b else _regular(lora_b))
+        self.g_shape, self.dropout_p = (M, R), dropout_p
+        self.column0 = self.update = self.shrink = None
+        if need_dx and plan.form == "column0":
+            self.column0 = Column0(plan, dy, weight, None, lora_a, x)
+        elif need_dx or need_da:
+            self.shrink = Shrink(dy, lora_b.t())
+        if need_dx and self.column0 is None:
+            # With cuBLAS as the GEMM, this launch has K = 0 and writes the masked rank product alone.
+            inner = dy[:, :0] if self.torch_gemm else dy
+            plan = replace(plan, form="pointer") if self.torch_gemm else plan
+            self.update = Update(plan, inner, weight, None, lora_a, x, dropout_p)
+        self.da = TallSkinny(x, R, transposed=True, dropout_p=dropout_p) if need_da else None
+        self.db = TallSkinny(dy, R, transposed=False) if need_db else None
+
+    def __call__(self, stream: int, dy, x, weight, lora_a, lora_b, h, mask, scaling) -> tuple[Tensor, Tensor, Tensor]:
+        dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+        g = dy.new_empty(self.g_shape)
+        if self.column0 is not None:
+            dx = x.new_empty(x.shape)
+            b = lora_b.to(x.dtype).contiguous() if self.cast_b else lora_b
+            self.column0(stream, dy, weight, None, b, lora_a, dx, g, scaling)
+        elif self.shrink is not None:
+            self.shrink(stream, dy, lora_b, g, None, None, scaling)
+        if self.update is not None:
+            dx = x.new_empty(x.shape)
+            self.update(stream, dy, weight, None, g, lora_a, mask, dx)
+            if self.torch_gemm:
+                dx.addmm_(dy, weight)
+        if self.da is not None:
+            da = lora_a.new_empty(lora_a.shape)
+            self.da(stream, x, g, mask, da)
+        if self.db is not None:
+            db = lora_b.new_empty(lora_b.shape)
+            self.db(stream, dy, h, None, db)
+        return dx, da, db
+
+
+def lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+    """See `reference.lora_linear_fwd`."""
+    if x.shape[0] == 0:
+        return reference.lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    key = (x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, lora_a.stride(), lora_a.dtype, lora_b.shape)
+    key += (lora_b.stride(), lora_b.dtype, dropout_p, _alignment(x, weight, bias, lora_a, lora_b), _tf32(x))
+    forward = _forwards.get(key) or _put(_forwards, key, Forward(x, weight, bias, lora_a, lora_b, dropout_p))
+    return on_device(x, forward, x, weight, bias, lora_a, lora_b, scaling, seed)
+
+
+def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
+    """See `reference.lora_linear_bwd`."""
+    if x.shape[0] == 0:
+        args = (dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
+        return reference.lora_linear_bwd(*args)
+    h, mask = h.contiguous(), mask.contiguous()
+    key = (dy.stride(), x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), lora_a.stride(), lora_a.dtype, lora_b.shape)
+    key += (lora_b.stride(), lora_b.dtype, dropout_p, need_dx, need_da, need_db, _alignment(dy, x, weight, lora_a, lora_b, h, mask), _tf32(x))
+    backward = _backwards.get(key)
+    if backward is None:
+        backward = _put(_backwards, key, Backward(dy, x, weight, lora_a, lora_b, dropout_p, need_dx, need_da, need_db))
+    return on_device(x, backward, dy, x, weight, lora_a, lora_b, h, mask, scaling)
+
+
+def _tf32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def refuses(x: Tensor, *rest: object) -> str | None:
+    """Why the Triton kernels will not take this call: x, or dy, and the other arguments of the op."""
+    if x.dtype not in _DTYPES:
+        return f"dtype {x.dtype} (it serves bfloat16, float16 and float32)"
+    sizes = [n for t in (x, *rest) if isinstance(t, Tensor) for n in t.shape]
+    if max(sizes) >= 2**31:
+        return f"a size of {max(sizes)} (32-bit indices)"
+    if x.is_cuda and _device.cuda_capability(x.device.index) < (8, 0):
+        return "compute capability {}.{} (8.0 or newer is needed)".format(*_device.cuda_capability(x.device.index))
+    return None
+
+
+OPS = {"lora_linear_fwd": (lora_linear_fwd, refuses), "lora_linear_bwd": (lora_linear_bwd, refuses)}

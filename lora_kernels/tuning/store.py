@@ -1,0 +1,99 @@
+"""Measured plans: one JSON table per GPU, looked up exactly, then at the nearest measured M in log space; else the heuristic.
+
+A table is `{"gpu": ..., "entries": [{"op", "M", "N", "K", "R", "dtype", "dropout", "plan": {Plan's fields}, "us": {...}}, ...]}`.
+Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`) in `LORA_KERNELS_CACHE` or ~/.cache/lora_kernels, and win.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from .. import _device
+from .._errors import LoraValueError, message, warn_once
+from .plan import FORMS, IMPLEMENTATIONS, Plan, Problem, heuristic
+
+SHIPPED = Path(__file__).parent / "configs"
+Table = dict[tuple, list[tuple[int, Plan]]]
+
+
+def table_name(gpu: str) -> str:
+    """File name of a GPU's table, e.g. "NVIDIA H200" -> "nvidia-h200.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+def user_folder() -> Path:
+    """Where this user's measured tables lie."""
+    return Path(os.environ.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")
+
+
+def _key(problem: Problem) -> tuple:
+    return (problem.op, problem.N, problem.K, problem.R, problem.dtype, problem.dropout)
+
+
+def read_plan(raw: dict) -> Plan:
+    """A Plan from its JSON form, checked."""
+    names = {f.name for f in fields(Plan)}
+    if not set(raw) <= names:
+        raise LoraValueError(message("tuning table: unknown plan field", sorted(set(raw) - names), ", ".join(sorted(names))))
+    plan = Plan(**raw)
+    if plan.implementation not in IMPLEMENTATIONS or plan.form not in FORMS:
+        got = f"implementation {plan.implementation!r}, form {plan.form!r}"
+        raise LoraValueError(message("tuning table: unknown plan", got, f"{', '.join(IMPLEMENTATIONS)}; {', '.join(FORMS)}"))
+    return plan
+
+
+def read_table(path: Path) -> Table:
+    """The entries of one JSON table, by everything but M; each list ascending in M."""
+    table: Table = {}
+    for entry in json.loads(path.read_text())["entries"]:
+        dtype = getattr(torch, entry["dtype"])
+        problem = Problem(entry["op"], entry["M"], entry["N"], entry["K"], entry["R"], dtype, entry.get("dropout", False))
+        table.setdefault(_key(problem), []).append((problem.M, read_plan(entry["plan"])))
+    return {key: sorted(rows, key=lambda row: row[0]) for key, rows in table.items()}
+
+
+@functools.cache
+def tables(gpu: str) -> tuple[Table, ...]:
+    """The user's table and the shipped one, where they exist. A damaged table is left out, with one logged reason."""
+    found = []
+    for folder in (user_folder(), SHIPPED):
+        path = folder / table_name(gpu)
+        if path.is_file():
+            try:
+                found.append(read_table(path))
+            except (LoraValueError, ValueError, KeyError, TypeError, AttributeError) as error:
+                warn_once(f"tuning table {path} is not used: {type(error).__name__}: {error}")
+    return tuple(found)
+
+
+def look_up(table: Table, problem: Problem) -> Plan | None:
+    """The plan measured for this problem, or at the nearest M in log space; None where N, K, R, dtype were not measured."""
+    rows = table.get(_key(problem))
+    if not rows:
+        return None
+    return min(rows, key=lambda row: (abs(math.log(row[0] / problem.M)), row[0]))[1]
+
+
+@functools.lru_cache(maxsize=8192)
+def choose(problem: Problem, device: torch.device) -> Plan:
+    """The plan for this problem on this device."""
+    if device.type != "cuda":
+        return heuristic(problem, ARCH)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    for table in tables(torch.cuda.get_device_name(index)):
+        plan = look_up(table, problem)
+        if plan is not None:
+            return plan
+    major, minor = _device.cuda_capability(index)
+    return heuristic(problem, 10 * major + minor)
+
+
+ARCH = 90  # of a device that is not there (interpreter, offline compiles)

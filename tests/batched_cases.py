@@ -1,0 +1,83 @@
+"""Problems with many adapters, their float64 truth row by row, and eager PyTorch's answer in the same dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from oracle import EPS, relative_rmse
+from torch import Tensor
+
+from lora_kernels import _batch_table
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x [M, K]; per slice weight [N_i, K], bias [N_i] or None, pool_a [L, R, K], pool_b [L, N_i, R]; ids [M], ranks, scalings [S, L]."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    pools_a: list[Tensor]
+    pools_b: list[Tensor]
+    ids: Tensor
+    ranks: Tensor | None
+    scalings: Tensor | None
+
+    @classmethod
+    def random(cls, ids, Ns, K, R, L, dtype=torch.float32, pool_dtype=None, ranks=None, bias=True, seed=0, device="cpu") -> Batch:
+        g = torch.Generator().manual_seed(seed)
+        M, S = len(ids), len(Ns)
+        make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+        pool_dtype = pool_dtype or dtype
+        if ranks == "mixed":
+            ranks = torch.randint(0, R + 1, (S, L), generator=g, dtype=torch.int32)
+        return cls(
+            make(M, K).to(device, dtype),
+            [(make(N, K) / K**0.5).to(device, dtype) for N in Ns],
+            [make(N).to(device, dtype) if bias else None for N in Ns],
+            [(make(L, R, K) / K**0.5).to(device, pool_dtype) for _ in Ns],
+            [(make(L, N, R) / R**0.5).to(device, pool_dtype) for N in Ns],
+            torch.tensor(ids, dtype=torch.int32, device=device),
+            None if ranks is None else torch.as_tensor(ranks, dtype=torch.int32, device=device).expand(S, L),
+            (torch.rand(S, L, generator=g) + 0.5).to(device),
+        )
+
+    @property
+    def base(self) -> tuple:
+        return self.x, self.weights, self.biases, self.pools_a, self.pools_b, self.ids
+
+    def table(self, batch_invariant: bool = False, block: int | None = None) -> tuple[Tensor, int]:
+        M, L = len(self.ids), self.pools_a[0].shape[0]
+        block = block or _batch_table.default_block(M, batch_invariant)
+        out = torch.empty(_batch_table.layout(M, L, block).size, dtype=torch.int32, device=self.ids.device)
+        return _batch_table.build(self.ids, L, block, out), block
+
+    def rank(self, i: int, slot: int) -> int:
+        return self.pools_a[i].shape[1] if self.ranks is None else int(self.ranks[i, slot])
+
+    def expected(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+        """y, one row after the other, every operation rounded to `dtype`."""
+        cast = lambda t: None if t is None else t.to(device, dtype)
+        x, parts = cast(self.x), []
+        for i, (w, bias, a, b) in enumerate(zip(self.weights, self.biases, self.pools_a, self.pools_b, strict=True)):
+            y = F.linear(x, cast(w), cast(bias))
+            for m, slot in enumerate(self.ids.tolist()):
+                if 0 <= slot < a.shape[0] and (r := self.rank(i, slot)):
+                    scale = 1.0 if self.scalings is None else float(self.scalings[i, slot])
+                    y[m] += scale * F.linear(F.linear(x[m], cast(a[slot, :r].to(self.x.dtype))), cast(b[slot, :, :r].to(self.x.dtype)))
+            parts.append(y)
+        return torch.cat(parts, 1)
+
+    def assert_close(self, y: Tensor, factor: float = 2.0) -> None:
+        """y within `factor` times eager's error of the truth, plus the dtype's rounding floor."""
+        exact = self.expected()
+        eager = relative_rmse(self.expected(self.x.dtype), exact)
+        error, allowed = relative_rmse(y.cpu(), exact), factor * eager + EPS[self.x.dtype]
+        assert y.shape == exact.shape
+        assert y.dtype == self.x.dtype
+        assert error <= allowed, f"relative RMSE {error:.2e}, eager {eager:.2e}, allowed {allowed:.2e}"
+
+    def replace(self, **changes) -> Batch:
+        return replace(self, **changes)

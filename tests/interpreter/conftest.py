@@ -1,0 +1,22 @@
+"""Kernel tests in Triton's interpreter, on CPU tensors. They need a process of their own: `TRITON_INTERPRET=1 pytest tests/interpreter`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
+
+if INTERPRETING:
+    sys.path.insert(0, str(Path(__file__).parent))
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="triton")
+    import repairs
+
+    repairs.install()
+
+    from lora_kernels.kernels import _launch
+
+    _launch.PROGRAMS = 3  # persistent grids of three programs, so that each walks several tiles

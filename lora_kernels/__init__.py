@@ -2,13 +2,20 @@
 
 from ._errors import BackendError, LoraKernelsError, LoraTypeError, LoraValueError
 from ._version import __version__
+from .integrations.peft import PatchReport, patch, register, unpatch
+from .nn import LoraLinear
 from .ops.lora_linear import lora_linear
 
 __all__ = [
     "BackendError",
     "LoraKernelsError",
+    "LoraLinear",
     "LoraTypeError",
     "LoraValueError",
+    "PatchReport",
     "__version__",
     "lora_linear",
+    "patch",
+    "register",
+    "unpatch",
 ]

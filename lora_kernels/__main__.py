@@ -1,0 +1,7 @@
+"""`python -m lora_kernels` is `lora-kernels`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

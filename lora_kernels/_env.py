@@ -1,0 +1,131 @@
+"""What this machine offers, which backend each op gets, and for what is missing: why, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+from . import _device, reference
+from ._errors import LoraKernelsError
+from .ops import _registry
+
+EXTRAS = {  # optional packages: what they are for
+    "triton": "Triton kernels on the GPU",
+    "peft": "lora_kernels.patch",
+    "transformers": "examples/finetune.py",
+    "gguf": "reading GGUF models in examples/finetune.py",
+    "matplotlib": "plots",
+}
+VARIABLES = ("LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT", "TRITON_INTERPRET")
+NATIVE_FIX = "reinstall from source where a C++ compiler is found: pip install --force-reinstall --no-deps ."
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpus() -> list[dict]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "index": i,
+                "name": properties.name,
+                "arch": "sm_{}{}".format(*_device.cuda_capability(i)),
+                "sm_count": _device.sm_count(i),
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+            }
+        )
+    return found
+
+
+def gpu_missing() -> tuple[str, str]:
+    """Why there is no GPU, and how to get one."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA", "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+    return "torch finds no usable NVIDIA GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
+def _fix(backend: str) -> str:
+    if backend == "triton":
+        return gpu_missing()[1] if _device.has_module("triton") else "pip install triton"
+    if backend == "cuda":
+        return "build on a machine with nvcc 12.8 or newer: pip install --force-reinstall --no-deps ."
+    return NATIVE_FIX
+
+
+def _machine_lacks(backend: str) -> str | None:
+    """A reason outside the provider: a GPU backend without a GPU."""
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+        return gpu_missing()[0]
+    return None
+
+
+def backends() -> dict[str, dict]:
+    """Per backend: usable, and if not, why and fix; `about` is what the backend itself tells (instruction set, build)."""
+    found: dict[str, dict] = {}
+    for name in _registry.PROVIDERS:
+        module = _registry.provider(name)
+        why = module if isinstance(module, str) else _machine_lacks(name)
+        if why is None and not module.OPS:
+            why = "it has no ops yet"
+        entry: dict = {"usable": why is None}
+        if why is not None:
+            entry |= {"why": why, "fix": _fix(name)}
+        elif hasattr(module, "about"):
+            entry["about"] = module.about()
+        found[name] = entry
+    return found
+
+
+def ops() -> dict[str, dict[str, str]]:
+    """Per op and device the backend that "auto" tries first; a measured plan may still choose another one for a shape."""
+    usable = {name for name, entry in backends().items() if entry["usable"]}
+    chosen: dict[str, dict[str, str]] = {}
+    for op in reference.OPS:
+        chosen[op] = {}
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            ladder = _registry.LADDERS[device]
+            chosen[op][device] = next(b for b in ladder if b in usable and op in _registry.provider(b).OPS)
+    return chosen
+
+
+def variables() -> dict[str, str]:
+    """The environment variables that are set, with a remark on those that cannot be used."""
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    try:
+        _device.env_backend()
+    except LoraKernelsError as error:
+        found["LORA_KERNELS_BACKEND"] += f"  ({error})"
+    return found
+
+
+def collect() -> dict:
+    """Everything `lora-kernels env` shows, as plain data."""
+    import lora_kernels
+
+    why, fix = (None, None) if torch.cuda.is_available() else gpu_missing()
+    return {
+        "lora_kernels": lora_kernels.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch_isa": torch.backends.cpu.get_cpu_capability()},
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
+        "gpus": gpus(),
+        "gpu_missing": None if why is None else {"why": why, "fix": fix},
+        "packages": {name: version(name) for name in EXTRAS},
+        "backends": backends(),
+        "ops": ops(),
+        "variables": variables(),
+    }

@@ -1,0 +1,146 @@
+"""PEFT's LoRA linear layer with the plain case run by one fused op, and the list of what is not plain."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import _device
+from .._checks import DTYPES
+from .._errors import BackendError, message, warn_once
+from ..ops.lora_linear import lora_linear
+
+DISABLED = "adapters disabled"
+MERGED = "adapter merged into the base weight"
+INACTIVE = "no active adapter on this layer"
+NOTHING_TO_FUSE = (DISABLED, MERGED, INACTIVE)  # the base layer runs alone: asked for by the user, so neither logged nor refused
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class FusedLinear(Linear):
+    """`peft.tuners.lora.layer.Linear` whose plain case is one call of `lora_linear`; every other case is PEFT's own forward.
+
+    It adds no state and no submodule and overrides nothing but `forward`, so keys, saving, merging, adapter switching, copying and
+    pickling are PEFT's. What is plain is decided anew on every call, so adapters may come, go, merge and change at any time.
+    """
+
+    _lora_kernels = ("auto", False)  # (backend, strict); an instance attribute where `patch` was given others
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        reason = "extra arguments to forward" if args or kwargs else None
+        if reason is None:
+            found = plain_parts(self)
+            reason = found if isinstance(found, str) else input_refused(self, x, *found[:3])
+        if reason is not None:
+            _left_to_peft(reason, self._lora_kernels[1])
+            return super().forward(x, *args, **kwargs)
+        base, lora_a, lora_b, scaling, dropout_p = found
+        backend, strict = self._lora_kernels
+        bias = _joint_bias(base.bias, lora_b.bias, scaling, x)
+        return lora_linear(x, base.weight, bias, lora_a.weight, lora_b.weight, scaling, dropout_p, True, None, backend, strict)
+
+
+def plain_parts(layer: Linear) -> str | tuple[nn.Linear, nn.Linear, nn.Linear, float, float]:
+    """(base layer, lora_A, lora_B, scaling, dropout_p in force) when the layer's present state is plain, else the reason why not."""
+    if layer.disable_adapters:
+        return DISABLED
+    if layer.merged:
+        return MERGED
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1:
+        return f"{len(names)} active adapters" if names else INACTIVE
+    name = names[0]
+    if name in layer.lora_variant:
+        return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
+    if layer.ephemeral_gpu_offload:
+        return "ephemeral GPU offload"
+    base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    reason = _module_refused("base_layer", base) or _module_refused("lora_A", lora_a) or _module_refused("lora_B", lora_b)
+    if reason is not None:
+        return reason
+    if type(dropout) is nn.Dropout and not dropout.inplace:
+        dropout_p = dropout.p if dropout.training else 0.0
+    elif type(dropout) is nn.Identity:
+        dropout_p = 0.0
+    else:
+        return f"lora_dropout is a {type(dropout).__name__}" + (", in place" if type(dropout) is nn.Dropout else "")
+    if _hooked(dropout):
+        return "hooks on lora_dropout"
+    if lora_a.bias is not None:
+        return "lora_A has a bias"
+    if base.weight.requires_grad and torch.is_grad_enabled():
+        return "base weight requires grad"
+    scaling = layer.scaling[name]
+    if not isinstance(scaling, (int, float)) or scaling - scaling != 0:
+        return f"scaling is a {type(scaling).__name__}" if not isinstance(scaling, (int, float)) else "scaling is not finite"
+    return base, lora_a, lora_b, scaling, dropout_p
+
+
+def base_refused(layer: Linear) -> str | None:
+    """Why no state of this layer can ever be plain, or None. The class is swapped only where this is None."""
+    if layer.fan_in_fan_out or type(layer.base_layer) is not nn.Linear:
+        return f"base_layer is a {type(layer.base_layer).__name__}, not nn.Linear"
+    return None
+
+
+def _module_refused(role: str, module: nn.Module) -> str | None:
+    if type(module) is not nn.Linear:  # a subclass may be quantised, parametrized or compute something else
+        return f"{role} is a {type(module).__name__}, not nn.Linear"
+    if _hooked(module):
+        return f"hooks on {role}"
+    for tensor in (module.weight, module.bias):
+        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+            return f"{role} holds a {type(tensor).__name__}"
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: the fused op reads its weights and would skip that."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__
+
+
+def input_refused(layer: Linear, x: Tensor, base: nn.Linear, lora_a: nn.Linear, lora_b: nn.Linear) -> str | None:
+    """Why this call's x or its surroundings need PEFT's own forward, or None."""
+    if type(x) not in _PLAIN_TENSORS or x.layout is not torch.strided or x.is_nested:
+        return f"x is a {type(x).__name__}, {getattr(x, 'layout', 'no tensor')}"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform"
+    if not torch.compiler.is_compiling() and (_has_any_global_hook() or torch.jit.is_tracing()):
+        return "global module hooks or torch.jit.trace"
+    if x.dim() < 1 or x.shape[-1] != base.in_features:
+        return "x does not fit the layer"
+    device = x.device
+    if not device == base.weight.device == lora_a.weight.device == lora_b.weight.device:
+        return "x, base layer and adapter on different devices"
+    dtype, autocast = x.dtype, torch.is_autocast_enabled(device.type)
+    if autocast and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    elif base.weight.dtype is not dtype or (base.bias is not None and base.bias.dtype is not dtype):
+        return f"x {x.dtype} on a base layer of {base.weight.dtype}"
+    adapter = lora_a.weight.dtype
+    if x.dtype not in DTYPES or lora_b.weight.dtype is not adapter or adapter not in (dtype, torch.float32):
+        return f"x {x.dtype}{' under autocast' if autocast else ''} with lora_A {adapter}, lora_B {lora_b.weight.dtype}"
+    if adapter is not dtype and not (layer.cast_input_dtype_enabled or autocast):
+        return "input dtype casting disabled"
+    return None
+
+
+def _joint_bias(bias: Tensor | None, lora_bias: Tensor | None, scaling: float, x: Tensor) -> Tensor | None:
+    """`bias + scaling * lora_bias`, so that LoRA's own bias costs N additions and no pass over y."""
+    if lora_bias is None:
+        return bias
+    joint = scaling * lora_bias if bias is None else torch.add(bias, lora_bias, alpha=scaling)
+    return joint.to(x.dtype)
+
+
+def _left_to_peft(reason: str, strict: bool) -> None:
+    if reason in NOTHING_TO_FUSE:
+        return
+    if strict or _device.env_strict():
+        raise BackendError(message("a patched LoRA layer would run PEFT's own forward", reason, fix="drop strict / LORA_KERNELS_STRICT"))
+    if not torch.compiler.is_compiling():
+        warn_once(f"a patched LoRA layer runs PEFT's own forward: {reason}")

@@ -1,0 +1,144 @@
+"""`LoraLinear`: a frozen linear layer with one adapter, as a module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _checks
+from ._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
+from .ops.lora_linear import lora_linear
+
+
+class LoraLinear(nn.Module):
+    """Frozen linear layer plus a trainable low-rank update, computed by one op.
+
+    Equivalent to:
+        base_layer(x) + scaling * lora_B(lora_A(F.dropout(x, lora_dropout, self.training)))
+
+    State: `base_layer.weight [N, K]`, `base_layer.bias [N]`, `lora_A.weight [R, K]`, `lora_B.weight [N, R]`: the keys of a PEFT
+    adapter file below the module's name, so adapters go both ways by adding or removing PEFT's prefix `base_model.model.`.
+    The forward reads these weights itself: hooks on `base_layer`, `lora_A` and `lora_B` do not run.
+
+    Args:
+        in_features, out_features: K and N.
+        r: rank, at least 1.
+        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        lora_dropout: in [0, 1), on the low-rank branch's input, in training mode.
+        bias: whether the base layer has a (frozen) bias.
+        dtype: of the base layer. The adapter is float32 where that is a 16-bit type, as in PEFT.
+        backend: of the op: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Raises:
+        LoraValueError, LoraTypeError: rank below 1, alpha that is not finite, dropout outside [0, 1), unknown backend.
+
+    Source: LoRA, arXiv:2106.09685; rank-stabilised scaling, arXiv:2312.03732.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_options(r, lora_alpha, lora_dropout, backend)
+        self._build(nn.Linear(in_features, out_features, bias, device, dtype), r, lora_alpha, lora_dropout, use_rslora, backend)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.05, use_rslora: bool = False, backend: str = "auto"
+    ) -> LoraLinear:
+        """Put an adapter on `linear`, which becomes `base_layer`: its weights are shared, not copied, and frozen from now on.
+
+        The new layer gives the same output as `linear` until it is trained. Raises: as the class; LoraTypeError when `linear` is
+        not exactly an `nn.Linear` (a subclass may be quantised or compute something else).
+        """
+        if type(linear) is not nn.Linear:
+            raise LoraTypeError(message("LoraLinear.from_linear: no plain linear layer", type(linear).__name__, "torch.nn.Linear"))
+        _check_options(r, lora_alpha, lora_dropout, backend)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._build(linear, r, lora_alpha, lora_dropout, use_rslora, backend)
+        return self.train(linear.training)
+
+    def _build(self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, backend: str) -> None:
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.backend = r, lora_alpha, lora_dropout, use_rslora, backend
+        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.base_layer = linear.requires_grad_(False)
+        weight = linear.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Linear(linear.in_features, r, bias=False, device=weight.device, dtype=dtype)
+        self.lora_B = nn.Linear(r, linear.out_features, bias=False, device=weight.device, dtype=dtype)
+        self._unmerged_weight: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A uniform as `nn.Linear`'s default, B zero: the update starts at zero."""
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`; dtypes and errors as `lora_kernels.lora_linear`."""
+        base = self.base_layer
+        if self.merged:
+            return F.linear(x, base.weight, base.bias)
+        a, b = self.lora_A.weight, self.lora_B.weight
+        return lora_linear(x, base.weight, base.bias, a, b, self.scaling, self.lora_dropout, self.training, backend=self.backend)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the update now."""
+        return self._unmerged_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write W + scaling * B A into the base weight (summed in float32, rounded once to W's dtype); the adapter rests.
+
+        Memory: a copy of W is kept until `unmerge`, which therefore restores it bit for bit. Does nothing when merged already.
+        As in PEFT, whoever shares the base weight sees the merged one, and so does `state_dict`.
+
+        Raises: LoraValueError when the merged weight is not finite in W's dtype; nothing is changed then.
+        """
+        if self.merged:
+            return
+        weight, a, b = self.base_layer.weight, self.lora_A.weight, self.lora_B.weight
+        merged = torch.addmm(weight.to(a.dtype), b.to(a.dtype), a, alpha=self.scaling).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise LoraValueError(message("LoraLinear.merge: the merged weight is not finite", fix="look for NaN or inf in the adapter"))
+        self._unmerged_weight = weight.detach().clone()
+        weight.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before `merge`, bit for bit. Raises LoraKernelsError when not merged."""
+        if not self.merged:
+            raise LoraKernelsError(message("LoraLinear.unmerge: the adapter is not merged", fix="call merge() first"))
+        self.base_layer.weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        base = self.base_layer
+        shape = f"in_features={base.in_features}, out_features={base.out_features}, bias={base.bias is not None}"
+        state = ", merged" if self.merged else ""
+        return f"{shape}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}{state}"
+
+
+def _check_options(r: int, lora_alpha: float, lora_dropout: float, backend: str) -> None:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise LoraValueError(message("LoraLinear: r is no rank", r, "an int >= 1", "use nn.Linear for no adapter"))
+    if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise LoraValueError(message("LoraLinear: lora_alpha is not finite", lora_alpha, "a finite number"))
+    if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
+        raise LoraValueError(message("LoraLinear: lora_dropout is no dropout probability", lora_dropout, "a number in [0, 1)"))
+    _checks.check_backend("LoraLinear", backend)

@@ -1,0 +1,155 @@
+"""`lora-kernels`: what it prints, what it returns, and that `check` can fail."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lora_kernels import _env, _selfcheck, cli, reference, testing
+from lora_kernels._errors import LoraValueError
+from lora_kernels.ops import _registry
+
+
+def test_env_names_every_backend_op_and_remedy(capsys):
+    assert cli.main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["backends"]) == set(_registry.PROVIDERS)
+    assert set(facts["ops"]) == set(reference.OPS)
+    assert facts["backends"]["reference"]["usable"]
+    for entry in facts["backends"].values():
+        assert entry["usable"] or (entry["why"] and entry["fix"])
+    assert cli.main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text  # no terminal, no colours
+    for name in (*reference.OPS, torch.__version__):
+        assert name in text
+
+
+def test_env_shows_an_unusable_variable_instead_of_failing(monkeypatch, capsys):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "tpu")
+    assert cli.main(["env"]) == 0
+    assert "names no backend" in " ".join(capsys.readouterr().out.split())
+
+
+def test_env_picks_what_the_registry_would_run():
+    x = torch.zeros(4, 8)
+    args = (x, torch.zeros(8, 8), None, torch.zeros(2, 8), torch.zeros(8, 2), 1.0, 0.0, None)
+    run = _registry.select("lora_linear_fwd", "auto", False, "cpu", args)
+    assert _registry.provider(_env.ops()["lora_linear_fwd"]["cpu"]).OPS["lora_linear_fwd"][0] is run
+
+
+def test_check_passes_on_every_usable_backend(capsys):
+    assert cli.main(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    ran = [r for r in found["results"] if r["refused"] is None]
+    assert {r["tensor"] for r in ran} == {"y", "dx", "dA", "dB"}
+    assert all(0 <= r["ratio"] <= testing.ALLOWED_RATIO for r in ran)
+
+
+@pytest.mark.parametrize("fault", ["y", "dx", "dA", "dB", "nan"])
+def test_check_fails_on_a_wrong_backend(monkeypatch, capsys, fault):
+    def fwd(*args):
+        y, h, mask = reference.lora_linear_fwd(*args)
+        return (y * 1.02 if fault == "y" else y * float("nan") if fault == "nan" else y), h, mask
+
+    def bwd(*args):
+        grads = dict(zip(("dx", "dA", "dB"), reference.lora_linear_bwd(*args), strict=True))
+        return tuple(g * 1.02 if name == fault else g for name, g in grads.items())
+
+    ops = {"lora_linear_fwd": (fwd, lambda *_: None), "lora_linear_bwd": (bwd, lambda *_: None)}
+    monkeypatch.setattr(_registry.provider("reference"), "OPS", {**reference.OPS, **ops})
+    monkeypatch.setattr(_selfcheck, "SHAPES", [(37, 83, 131, 5)])
+    assert cli.main(["check", "--backend", "reference", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert f"FAILED lora_linear on reference/cpu: {'y' if fault == 'nan' else fault}" in out
+
+
+def test_check_tells_a_refusal_from_a_failure(monkeypatch, capsys):
+    takes_no_fp16 = {name: (run, lambda t, *_: "no fp16" if t.dtype == torch.float16 else None) for name, (run, _) in reference.OPS.items()}
+    monkeypatch.setattr(_registry.provider("reference"), "OPS", takes_no_fp16)
+    monkeypatch.setattr(_selfcheck, "SHAPES", [(5, 7, 9, 2)])
+    monkeypatch.setattr(_selfcheck, "targets", lambda: iter([("lora_linear", "reference", "cpu")]))
+    assert cli.main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "no fp16" in out
+    assert "not run" in out
+
+
+@pytest.mark.parametrize(
+    "argv, code, says",
+    [
+        (["check", "--backend", "reference", "--device", "cuda"], 2, "nothing to check"),
+        (["tune"], 2, "lora_kernels.absent is not here"),
+    ],
+    ids=["no-such-device", "tuner-missing"],
+)
+def test_what_cannot_be_done_is_said_in_one_line(monkeypatch, capsys, argv, code, says):
+    monkeypatch.setitem(cli.ELSEWHERE, "tune", ("lora_kernels.absent", "get it"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(argv) == code
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("raised, code", [(LoraValueError("bad thing"), 2), (KeyboardInterrupt(), 130)], ids=["error", "ctrl-c"])
+def test_errors_and_ctrl_c_give_a_line_and_a_code(monkeypatch, capsys, raised, code):
+    def fail():
+        raise raised
+
+    monkeypatch.setattr(_env, "collect", fail)
+    assert cli.main(["env"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["env", "--nope"], ["check", "--backend", "tpu"]], ids=" ".join)
+def test_bad_arguments_exit_with_2(argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+
+
+def test_the_rest_of_the_line_reaches_the_module(monkeypatch, tmp_path):
+    (tmp_path / "lk_cli_probe.py").write_text("def main(argv):\n    return len(argv)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(cli.ELSEWHERE, "bench", ("lk_cli_probe", ""))
+    assert cli.main(["bench", "--model", "x", "-v"]) == 3
+
+
+def test_error_ratio():
+    exact = torch.randn(1000, dtype=torch.float64)
+    rounded = exact.to(torch.bfloat16)
+    assert testing.error_ratio(rounded, rounded, exact) == pytest.approx(2 / 3)
+    assert testing.error_ratio(rounded * 1.05, rounded, exact) > 2
+    assert testing.error_ratio(torch.full_like(rounded, float("nan")), rounded, exact) == float("inf")
+    assert testing.error_ratio(rounded[:0], rounded[:0], exact[:0]) == 0
+    with pytest.raises(ValueError, match="do not belong together"):
+        testing.error_ratio(rounded.float(), rounded, exact)
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_weights():
+    x, w = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+    assert testing.saved_bytes(lambda: (x @ w.t()) + (x @ w.t()), [w]) == x.nbytes
+    assert testing.saved_bytes(lambda: x @ w.t()) == x.nbytes + w.nbytes
+
+
+def test_dropout_mask_is_the_one_the_op_uses():
+    import lora_kernels as lk
+
+    M, K, p = 9, 45, 0.3
+    x = torch.randn(M, K)
+    y = lk.lora_linear(x, torch.zeros(K, K), None, torch.eye(K), torch.eye(K), dropout_p=p, seed=11)
+    keep = testing.dropout_mask(11, M, K, p)
+    assert 0 < keep.sum() < keep.numel()
+    torch.testing.assert_close(y, x * keep * reference.keep_scale(p))
+
+
+def test_timer_calls_everything_equally_often():
+    calls: list[str] = []
+    times = testing.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    assert sorted(calls) == ["a"] * 4 + ["b"] * 4
+    assert testing.ratio([1.0, 4.0, 9.0], [2.0, 2.0, 3.0]) == 2.0

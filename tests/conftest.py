@@ -1,4 +1,4 @@
-"""Shared settings: no hub access, deterministic seeds, two threads, GPU tests skipped where there is no GPU."""
+"""Shared settings: no hub access, deterministic seeds, one thread per worker, GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers of several threads each would fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

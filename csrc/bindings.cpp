@@ -1,0 +1,59 @@
+// The only file that knows Python. Pointers come as integers (tensor.data_ptr()), leading dimensions in elements, dtypes as lk::Dtype numbers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/engine.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Ptr = uintptr_t;
+template <class T = void>
+T* ptr(Ptr p) {
+  return reinterpret_cast<T*>(p);
+}
+lk::In in(Ptr p, int64_t ld) { return {ptr(p), ld}; }
+lk::Out out(Ptr p, int64_t ld) { return {ptr(p), ld}; }
+lk::Dtype dtype(int t) { return static_cast<lk::Dtype>(t); }
+
+void cpu_linear_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr x, int64_t ldx, Ptr w,
+                    int64_t ldw, Ptr bias, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr seed, Ptr y, Ptr h, Ptr mask) {
+  const lk::Problem p{M, N, K, dtype(type), {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R}, static_cast<float>(scaling), threshold, threads, static_cast<lk::Form>(form)};
+  lk::lora_linear_fwd(p, {in(x, ldx), in(w, ldw), ptr(bias), ptr<const int64_t>(seed), out(y, N), out(h, R), ptr<uint32_t>(mask)});
+}
+
+void cpu_linear_bwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr dy, int64_t lddy, Ptr x,
+                    int64_t ldx, Ptr w, int64_t ldw, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr h, int64_t ldh, Ptr mask, Ptr g, Ptr dx,
+                    Ptr d_a, Ptr d_b) {
+  const lk::Problem p{M, N, K, dtype(type), {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R}, static_cast<float>(scaling), threshold, threads, static_cast<lk::Form>(form)};
+  lk::lora_linear_bwd(p, {in(dy, lddy), in(x, ldx), in(w, ldw), in(h, ldh), ptr<const uint32_t>(mask), out(g, R), out(dx, K), out(d_a, K), out(d_b, R)});
+}
+
+void cpu_dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, Ptr mask, int threads) {
+  lk::dropout_mask(seed, threshold, M, K, ptr<uint32_t>(mask), threads);
+}
+
+}  // namespace
+
+#ifdef LORA_KERNELS_CUDA
+void bind_cuda(py::module_& m);  // csrc/cuda
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("cpu_linear_fwd", &cpu_linear_fwd, no_gil);
+  m.def("cpu_linear_bwd", &cpu_linear_bwd, no_gil);
+  m.def("cpu_dropout_mask", &cpu_dropout_mask, no_gil);
+  m.def("cpu_isas", &lk::isas);
+  m.def("cpu_isa", [] { return std::string(lk::kernels().name); });
+  m.def("cpu_use_isa", &lk::use_isa);
+  m.def("cpu_has_thread_pool", &lk::has_thread_pool);
+#ifdef LORA_KERNELS_CUDA
+  bind_cuda(m);
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

@@ -1,0 +1,146 @@
+// Few rows: every output is a dot product of two rows read in place, W streamed once from memory.
+//
+//   out[m, n] = alpha * sum_k keep(m, k) x[m, k] w[n, k] + sum_r h[m, r] b[n, r] + bias[n]
+//
+// A tile is MR x NR outputs, each a vector accumulator of partial sums over k; the rank dimension is a little more k. A row's bits depend
+// neither on the tile nor on its neighbours: lanes are summed by one fixed tree.
+#pragma once
+
+namespace {
+constexpr int64_t PREFETCH_AHEAD = 512;  // bytes along a row of W
+
+// Spreads the loads of the next tile's W rows over the row tiles of this one, so that memory is read while the arithmetic runs.
+struct NextRows {
+  const char* p = nullptr;
+  int64_t ld = 0, rows = 0, lines = 0, per_step = 0, r = 0, l = 0;
+  LK_INLINE void step(NextRows& f) {
+    for (int64_t i = 0; i < f.per_step && f.r < f.rows; i++) {
+      prefetch(f.p + f.r * f.ld + f.l * 64);
+      if (++f.l == f.lines) f.l = 0, f.r++;
+    }
+  }
+};
+
+template <class T, int MR, int NR, bool DROP, bool STREAM>
+LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int64_t K, lk::Mask keep, int64_t m, NextRows& next) {
+  using D = DotStep<T>;
+  constexpr int S = D::STEP;
+  int64_t k = 0;
+  for (; k + S <= K; k += S) {
+    typename D::X xv[MR];
+    if constexpr (!STREAM) NextRows::step(next);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      xv[i] = D::load(x + i * ldx + k);
+      if constexpr (DROP) xv[i] = D::keep(xv[i], keep_bits(keep, m + i, k));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < NR; j++) {
+      const typename D::X wv = D::load(w[j] + k);
+      if constexpr (STREAM) __builtin_prefetch(reinterpret_cast<const char*>(w[j] + k) + PREFETCH_AHEAD);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++) acc[i * NR + j] = D::mac(acc[i * NR + j], xv[i], wv);
+    }
+  }
+  if (k < K) {
+    typename D::X xv[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      xv[i] = D::load(x + i * ldx + k, K - k);
+      if constexpr (DROP) xv[i] = D::keep(xv[i], keep_bits(keep, m + i, k));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < NR; j++) {
+      const typename D::X wv = D::load(w[j] + k, K - k);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++) acc[i * NR + j] = D::mac(acc[i * NR + j], xv[i], wv);
+    }
+  }
+}
+
+template <class T, int MR, int NR, bool DROP, bool STREAM>
+LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, NextRows& next) {
+  constexpr int NA = (MR * NR + L - 1) / L * L;
+  static_assert(NR <= L, "a tile's row of outputs is stored as one vector");
+  V acc[NA];
+#pragma GCC unroll 32
+  for (int i = 0; i < NA; i++) acc[i] = zero();
+  const T *w[NR], *b[NR];
+  const int64_t nv = min(n1 - n, NR);
+#pragma GCC unroll 8
+  for (int j = 0; j < NR; j++) w[j] = static_cast<const T*>(a.w.p) + (n + min(j, nv - 1)) * a.w.ld;
+  dot_rows<T, MR, NR, DROP, STREAM>(acc, static_cast<const T*>(a.x.p) + m * a.x.ld, a.x.ld, w, a.K, a.keep, m, next);
+  if (a.alpha != 1.f) {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * NR; i++) acc[i] = mul(acc[i], set1(a.alpha));
+  }
+  if (a.R) {
+    NextRows none;
+#pragma GCC unroll 8
+    for (int j = 0; j < NR; j++) b[j] = static_cast<const T*>(a.b.p) + (n + min(j, nv - 1)) * a.b.ld;
+    dot_rows<T, MR, NR, false, false>(acc, static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, b, a.R, {}, m, none);
+  }
+  alignas(64) float s[NA + L];
+#pragma GCC unroll 8
+  for (int i = 0; i < NA; i += L) store(s + i, sums(acc + i));
+  const V bias = a.bias ? load(static_cast<const T*>(a.bias) + n, nv) : zero();
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) store(static_cast<T*>(a.out.p) + (m + i) * a.out.ld + n, add(load(s + i * NR), bias), nv);
+}
+
+template <class T, bool DROP>
+void dot_block(const lk::DotArgs& a, int64_t n0, int64_t n1) {
+  NextRows none;
+  if (a.M == 1) {
+    for (int64_t n = n0; n < n1; n += DOT_NR1) dot_tile<T, 1, DOT_NR1, DROP, true>(a, 0, n, n1, none);
+    return;
+  }
+  const int64_t tiles = a.M / DOT_MR, lines = ceil_div(a.K * static_cast<int64_t>(sizeof(T)), 64);
+  for (int64_t n = n0; n < n1; n += DOT_NR) {
+    NextRows next;
+    if (tiles > 0 && tiles <= 8 && n + DOT_NR < n1) {
+      next = {reinterpret_cast<const char*>(static_cast<const T*>(a.w.p) + (n + DOT_NR) * a.w.ld), a.w.ld * static_cast<int64_t>(sizeof(T)), min(n1 - n - DOT_NR, DOT_NR), lines, 0, 0, 0};
+      next.per_step = ceil_div(next.rows * lines, tiles * (a.K / DotStep<T>::STEP) + 1);
+    }
+    int64_t m = 0;
+    for (; m + DOT_MR <= a.M; m += DOT_MR) dot_tile<T, DOT_MR, DOT_NR, DROP, false>(a, m, n, n1, next);
+    if (DOT_MR > 3 && a.M - m == 3)
+      dot_tile<T, 3, DOT_NR, DROP, false>(a, m, n, n1, none);
+    else if (DOT_MR > 2 && a.M - m == 2)
+      dot_tile<T, 2, DOT_NR, DROP, false>(a, m, n, n1, none);
+    else if (a.M - m == 1)
+      dot_tile<T, 1, DOT_NR, DROP, false>(a, m, n, n1, none);
+  }
+}
+
+template <class T>
+void dot_23(const lk::DotArgs& a, int64_t n0, int64_t n1) {  // 2 or 3 rows: wider tiles keep enough accumulators in flight
+  NextRows none;
+  for (int64_t n = n0; n < n1; n += DOT_NR23) {
+    if (a.M == 2)
+      dot_tile<T, 2, DOT_NR23, false, true>(a, 0, n, n1, none);
+    else
+      dot_tile<T, 3, DOT_NR23, false, true>(a, 0, n, n1, none);
+  }
+}
+
+template <class T>
+void dot_of(const lk::DotArgs& a, int64_t n0, int64_t n1) {
+  if (a.keep.p)
+    dot_block<T, true>(a, n0, n1);
+  else if (DOT_MR > 3 && (a.M == 2 || a.M == 3))
+    dot_23<T>(a, n0, n1);
+  else
+    dot_block<T, false>(a, n0, n1);
+}
+
+void dot(lk::Dtype t, const lk::DotArgs& a, int64_t n0, int64_t n1) {
+  if (n0 >= n1 || a.M <= 0) return;
+  if (t == lk::kF32)
+    dot_of<float>(a, n0, n1);
+  else if (t == lk::kBF16)
+    dot_of<bf16>(a, n0, n1);
+  else
+    dot_of<f16>(a, n0, n1);
+}
+}  // namespace

@@ -1,0 +1,55 @@
+// The CPU engine: what the bindings call. Raw pointers, sizes and strides; nothing of Python or torch.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace lk {
+
+// Instruction sets of this build that this CPU runs, best first.
+std::vector<std::string> isas();
+// The one in use: LORA_KERNELS_CPU_ISA, else the best. Throws std::invalid_argument for a value that isas() lacks.
+const Kernels& kernels();
+// Switches it, for tests and tuning.
+void use_isa(const std::string& name);
+
+// Forms of the large product. Few rows: kInPlace streams W once, as dot products (forward) or along its rows (backward). Many rows: kPanels.
+enum Form : int { kInPlace = 0, kPanels = 1, kRankOnly = 2 };  // kRankOnly: everything but the large product, which PyTorch computes
+
+struct Adapter {  // a [R, K], b [N, R], each in the type of x or in fp32
+  In a, b;
+  Dtype a_type, b_type;
+  int64_t R;
+};
+
+struct Problem {
+  int64_t M, N, K;
+  Dtype type;  // of x, W, bias, y, h, dy, dx
+  Adapter adapter;
+  float scaling;
+  uint32_t drop_threshold;  // dropout_p * 65536; 0: no dropout
+  int threads;
+  Form form;
+};
+
+struct Forward {
+  In x, w;
+  const void* bias;
+  const int64_t* seed;
+  Out y, h;
+  uint32_t* mask;  // [M, ceil(K / 32)], written
+};
+
+struct Backward {
+  In dy, x, w, h;
+  const uint32_t* mask;
+  Out g;             // [M, R] in x's type, wanted by kRankOnly; else null
+  Out dx, d_a, d_b;  // null where not needed; d_a [R, K] and d_b [N, R] in the adapters' types
+};
+
+void lora_linear_fwd(const Problem& problem, const Forward& f);
+void lora_linear_bwd(const Problem& problem, const Backward& b);
+void dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, uint32_t* mask, int threads);
+
+}  // namespace lk

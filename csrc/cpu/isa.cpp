@@ -1,0 +1,58 @@
+// Which instruction set runs: cpuid at the first call, LORA_KERNELS_CPU_ISA overrides.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "engine.h"
+
+namespace lk {
+namespace {
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
+  if (avx512) found.push_back(&kAvx512);
+  if (avx2) found.push_back(&kAvx2);
+#endif
+  found.push_back(&kPortable);
+  return found;
+}
+
+const Kernels* find(const std::string& name, const char* asked_by) {
+  std::string known;
+  for (const Kernels* k : supported()) {
+    if (name == k->name) return k;
+    known += (known.empty() ? "" : ", ") + std::string(k->name);
+  }
+  throw std::invalid_argument(std::string(asked_by) + " names no instruction set of this build and CPU; got '" + name + "'; allowed: " + known +
+                              "; fix: unset it or name one of these");
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* k : supported()) names.emplace_back(k->name);
+  return names;
+}
+
+const Kernels& kernels() {
+  const Kernels* k = chosen.load(std::memory_order_acquire);
+  if (!k) {
+    const char* name = std::getenv("LORA_KERNELS_CPU_ISA");
+    k = name && *name ? find(name, "LORA_KERNELS_CPU_ISA") : supported().front();
+    chosen.store(k, std::memory_order_release);
+  }
+  return *k;
+}
+
+void use_isa(const std::string& name) { chosen.store(find(name, "use_isa"), std::memory_order_release); }
+
+}  // namespace lk

@@ -1,0 +1,11 @@
+// AVX-512 F, BW, VL, DQ (x86-64-v4).
+#include "simd_avx512.h"
+// after the vector type and its steps
+#include "dot.h"
+#include "elements.h"
+#include "panel.h"
+#include "wide.h"
+
+namespace lk {
+extern const Kernels kAvx512 = {"avx512", dot, panel_floats, panel, wide, mask, cast};
+}

@@ -1,0 +1,85 @@
+// The interface between the drivers and the kernels of one instruction set: plain structs in, nothing inline, no std, no torch.
+//
+// Every isa_*.cpp compiles the same kernel sources (dot.h, panel.h, wide.h, elements.h) over another simd_*.h and exports one table.
+// Those files see only this header and intrinsics: an inline std:: function compiled with -mavx512* could be the copy that the linker keeps for all.
+#pragma once
+#include <cstdint>
+
+namespace lk {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+// Row-major matrices with unit inner stride; leading dimensions are in elements and may be anything, 0 and odd included.
+struct In {
+  const void* p;
+  int64_t ld;
+};
+struct Out {
+  void* p;
+  int64_t ld;
+};
+// Packed keep mask: bit c % 32 of word c / 32 of a row; p null: keep all.
+struct Mask {
+  const uint32_t* p;
+  int64_t ld;
+};
+
+// out[m, n] = alpha * sum_k keep(m, k) x[m, k] w[n, k] + sum_r h[m, r] b[n, r] + bias[n]          few rows: both operands read in place
+struct DotArgs {
+  int64_t M, K, R;
+  In x, w, h, b;
+  const void* bias;
+  Mask keep;
+  float alpha;
+  Out out;
+};
+
+// out[m, n] = alpha * (sum_k x[m, k] W(k, n) + keep_scale * keep(m, n) * sum_r h[m, r] B(r, n)) + bias[n]   many rows: W repacked into panels
+// W(k, n) = w[n, k] (and B(r, n) = b[n, r]) when nt, else w[k, n] * w_keep(k, n) (and b[r, n]).
+struct PanelArgs {
+  int64_t M, N, K, R;
+  In x, w, h, b;
+  bool nt;
+  const void* bias;
+  Mask w_keep, out_keep;
+  float alpha, keep_scale;
+  Out out;
+  bool out_t;    // store transposed: out[n, m]
+  bool out_f32;  // store fp32 instead of the operands' type
+};
+
+// out[m, c] = alpha * (sum_n x[m, n] w[n, c] + keep_scale * keep(m, c) * sum_r h[m, r] b[r, c])            few rows: w read in place, streamed once
+struct WideArgs {
+  int64_t M, N, R;
+  In x, w, h, b;
+  Mask out_keep;
+  float alpha, keep_scale;
+  Out out;
+};
+
+constexpr int64_t kPanel = 64;      // columns of one panel
+constexpr int64_t kWideRows = 32;   // most rows of the wide form
+constexpr int64_t kWideCols = 1024; // most columns of one wide block
+
+struct Kernels {
+  const char* name;
+  void (*dot)(Dtype t, const DotArgs& a, int64_t n0, int64_t n1);
+  int64_t (*panel_floats)(const PanelArgs& a, int64_t rows);  // workspace of one panel call over `rows` rows
+  void (*panel)(Dtype t, const PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* ws);
+  void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);  // ws: kWideRows * kWideCols floats; c0 a multiple of 32
+  void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);
+  void (*cast)(Dtype to, const float* from, void* dst, int64_t n);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+#endif
+
+}  // namespace lk

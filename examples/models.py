@@ -59,7 +59,9 @@ def with_adapter(base: nn.Module, *, r: int, alpha: float, dropout: float, targe
     wanted = targets if targets == "all-linear" else [t.strip() for t in targets.split(",") if t.strip()]
     missing = [] if wanted == "all-linear" else [t for t in wanted if t not in linear]
     if missing or not wanted or not linear:
-        raise UserError(f"--targets {targets}: the model has no linear module named {', '.join(missing) or 'so'}; it has: {', '.join(sorted(linear)) or 'none'}")
+        raise UserError(
+            f"--targets {targets}: the model has no linear module named {', '.join(missing) or 'so'}; it has: {', '.join(sorted(linear)) or 'none'}"
+        )
     torch.manual_seed(seed)
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, task_type="CAUSAL_LM")
     return get_peft_model(base, config)

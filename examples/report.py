@@ -47,9 +47,9 @@ def _forwards(layer: nn.Module, x: Tensor, p: float) -> dict[str, Callable[[], T
 def benchmark(base: nn.Module, args: argparse.Namespace, console: Console, shapes: int = 2, rounds: int = 15) -> list[dict]:
     """Forward, forward + backward and saved bytes for the model's largest LoRA layers, M = one step's tokens."""
     M = args.batch * args.seq
-    table = Table(title=f"One layer, M {M}, R {args.r}: median ms, and its ratio to PEFT's", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("N x K", "dropout", "", "forward", "x PEFT", "fwd + bwd", "x PEFT", "saved MiB"):
-        table.add_column(column, justify="left" if column in ("", "N x K") else "right")
+    table = Table(title=f"One layer, M {M}, R {args.r}: median ms, and its ratio to PEFT's", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("N x K", "dropout", "", "forward", "x PEFT", "fwd+bwd", "x PEFT", "saved MiB"):
+        table.add_column(column, justify="left" if column in ("", "N x K") else "right", no_wrap=True)
     rows: list[dict] = []
     for p in sorted({0.0, args.dropout}):
         model = with_adapter(base, r=args.r, alpha=args.alpha, dropout=p, targets=args.targets, seed=args.seed).train()
@@ -79,7 +79,13 @@ def _measure(layer: nn.Module, M: int, N: int, K: int, p: float, rounds: int, ta
         row |= {"forward_ms": 1e3 * statistics.median(fwd[name]), "forward_ratio": ratio(fwd[name], fwd["PEFT"])}
         row |= {"both_ms": 1e3 * statistics.median(full[name]), "both_ratio": ratio(full[name], full["PEFT"])}
         rows.append(row)
-        cells = [f"{row['forward_ms']:.2f}", f"{row['forward_ratio']:.2f}", f"{row['both_ms']:.2f}", f"{row['both_ratio']:.2f}", f"{kept / 2**20:.2f}"]
+        cells = [
+            f"{row['forward_ms']:.2f}",
+            f"{row['forward_ratio']:.2f}",
+            f"{row['both_ms']:.2f}",
+            f"{row['both_ratio']:.2f}",
+            f"{kept / 2**20:.2f}",
+        ]
         table.add_row(f"{N} x {K}", f"{p:g}", name, *cells, end_section=name == NAMES[-1])
     return rows
 
@@ -90,22 +96,23 @@ def plot(results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     train, compare, rows = results["train"], results["compare"], results["layers"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
+    plt.rc("axes", titlesize="medium")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
 
-    left.plot(range(1, len(train["loss"]) + 1), train["loss"], color="C0")
-    left.set(title="Fine-tuning, PEFT + lora_kernels", xlabel="step", ylabel="training loss (nats per token)")
-    text = f"held-out perplexity {train['perplexity_before']:.2f} → {train['perplexity_after']:.2f}\n{train['tokens_per_s']:.0f} tokens/s"
-    left.text(0.97, 0.95, text, transform=left.transAxes, ha="right", va="top")
+    left.plot(range(1, len(train["loss"]) + 1), train["loss"], ".-")
+    figures = f"held-out perplexity {train['perplexity_before']:.2f} → {train['perplexity_after']:.2f}, {train['tokens_per_s']:.0f} tokens/s"
+    left.set(title=f"Fine-tuning with PEFT + lora_kernels\n{figures}", xlabel="step", ylabel="training loss (nats per token)")
 
-    patched, unpatched = compare["loss"]["patched"], compare["loss"]["unpatched"]
-    steps = range(1, len(patched) + 1)
-    difference = [max(abs(a - b) / b, 1e-9) for a, b in zip(patched, unpatched, strict=True)]
-    middle.semilogy(steps, difference, "o-", color="C0", label="measured")
-    middle.axhline(compare["limit"], color="C3", linestyle="--", label="allowed")
-    middle.set(title=f"Patched against unpatched: step time × {compare['step_ratio']:.2f}", xlabel="step", ylabel="relative difference of the losses")
+    for name, style in (("unpatched", "-"), ("patched", "o--")):
+        middle.plot(range(1, len(compare["loss"][name]) + 1), compare["loss"][name], style, label=f"{name} PEFT")
+    figures = f"differ by {compare['worst']:.1e} at most ({compare['limit']:.1e} allowed), step time × {compare['step_ratio']:.2f}"
+    middle.set(title=f"Same steps, no dropout\n{figures}", xlabel="step", ylabel="training loss (nats per token)")
     middle.legend()
+    for axes in (left, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     groups = [(row["N"], row["K"], row["dropout"]) for row in rows if row["name"] == NAMES[0]]
     for i, name in enumerate(NAMES):
@@ -113,7 +120,8 @@ def plot(results: dict, path: Path) -> None:
         right.bar([g + 0.27 * (i - 1) for g in range(len(groups))], heights, width=0.25, label=name)
     right.axhline(1.0, color="0.4", linewidth=0.8)
     right.set_xticks(range(len(groups)), [f"{n} × {k}\ndropout {p:g}" for n, k, p in groups])
-    right.set(title=f"One layer, M {rows[0]['M']}: forward + backward", ylabel="time relative to PEFT (lower is faster)")
-    right.legend()
+    right.set(title=f"One layer (N × K), M {rows[0]['M']}\nforward + backward", ylabel="time relative to PEFT (lower is faster)")
+    right.set_ylim(0, 1.25 * max(row["both_ratio"] for row in rows))
+    right.legend(ncols=3, loc="upper center", frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

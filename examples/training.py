@@ -76,7 +76,9 @@ def train(base: nn.Module, data: Data, args: argparse.Namespace, save_to: Path, 
     report = lk.patch(model)
     device = next(base.parameters()).device
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    console.print(f"adapter  r {args.r}, {trainable / 1e6:.2f} M parameters; fused {len(report.patched)} LoRA layers, left {len(report.skipped)} to PEFT")
+    console.print(
+        f"adapter  r {args.r}, {trainable / 1e6:.2f} M parameters; fused {len(report.patched)} LoRA layers, left {len(report.skipped)} to PEFT"
+    )
     held_out = data.held_out.to(device)
     before = perplexity(model, held_out, args.batch)
     adamw, schedule = optimizer(model, args.lr)
@@ -107,7 +109,9 @@ def train(base: nn.Module, data: Data, args: argparse.Namespace, save_to: Path, 
         wrong.append("the reloaded adapter's logits differ from those of the trained model with the patch taken off: not the same bits")
     if not error <= limit:
         wrong.append(f"reloaded in unpatched PEFT: logits differ by {error:.1e} (relative RMSE), {limit:.1e} allowed")
-    console.print(f"reloaded in unpatched PEFT: same bits {torch.equal(unpatched, reloaded)}; against patched {error:.1e} relative RMSE, {limit:.1e} allowed")
+    console.print(
+        f"reloaded in unpatched PEFT: same bits {torch.equal(unpatched, reloaded)}; against patched {error:.1e} relative RMSE, {limit:.1e} allowed"
+    )
     return {
         "patched": len(report.patched),
         "skipped": dict(report.skipped),

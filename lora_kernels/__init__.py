@@ -1,5 +1,6 @@
 """lora_kernels: LoRA layers whose low-rank update costs almost nothing beside the frozen layer."""
 
+from . import testing
 from ._errors import BackendError, LoraKernelsError, LoraTypeError, LoraValueError
 from ._version import __version__
 from .integrations.peft import PatchReport, patch, register, unpatch
@@ -17,5 +18,6 @@ __all__ = [
     "lora_linear",
     "patch",
     "register",
+    "testing",
     "unpatch",
 ]

@@ -20,7 +20,7 @@ EXTRAS = {  # optional packages: what they are for
     "gguf": "reading GGUF models in examples/finetune.py",
     "matplotlib": "plots",
 }
-VARIABLES = ("LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT", "TRITON_INTERPRET")
+VARIABLES = ("LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT", "LORA_KERNELS_CPU_ISA", "TRITON_INTERPRET")
 NATIVE_FIX = "reinstall from source where a C++ compiler is found: pip install --force-reinstall --no-deps ."
 
 
@@ -73,18 +73,21 @@ def _machine_lacks(backend: str) -> str | None:
 
 
 def backends() -> dict[str, dict]:
-    """Per backend: usable, and if not, why and fix; `about` is what the backend itself tells (instruction set, build)."""
+    """Per backend: usable, and if not, why and fix; `about` is what the backend itself tells (the CPU engine's instruction set)."""
     found: dict[str, dict] = {}
     for name in _registry.PROVIDERS:
-        module = _registry.provider(name)
+        try:
+            module = _registry.provider(name)
+        except LoraKernelsError as error:  # an environment variable that cannot be used
+            module = str(error)
         why = module if isinstance(module, str) else _machine_lacks(name)
         if why is None and not module.OPS:
             why = "it has no ops yet"
         entry: dict = {"usable": why is None}
         if why is not None:
             entry |= {"why": why, "fix": _fix(name)}
-        elif hasattr(module, "about"):
-            entry["about"] = module.about()
+        elif hasattr(module, "isa"):
+            entry["about"] = f"{module.isa()}, of {', '.join(module.isas())}"
         found[name] = entry
     return found
 

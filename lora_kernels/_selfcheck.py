@@ -105,7 +105,9 @@ def _check_lora_linear(backend: str, device: str) -> Iterator[Result]:
         exact = _run(_eager(p), [t.to("cpu", torch.float64) for t in tensors])
         for key, value in got.items():
             value, same = value.cpu(), eager[key].cpu()
-            yield replace(found, tensor=key, relative_rmse=testing.relative_rmse(value, exact[key]), ratio=testing.error_ratio(value, same, exact[key]))
+            yield replace(
+                found, tensor=key, relative_rmse=testing.relative_rmse(value, exact[key]), ratio=testing.error_ratio(value, same, exact[key])
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------- all ops

@@ -34,19 +34,20 @@ def relative_rmse(got: Tensor, exact: Tensor) -> float:
 def error_ratio(got: Tensor, eager: Tensor, exact: Tensor) -> float:
     """got's error against that of eager PyTorch in the same dtype; up to 2 passes.
 
-    With e(t) = rmse(t, exact) and e0 = the error of `exact` itself rounded to got's dtype:
+    With e(t) = rmse(t, exact) and u = unit roundoff of got's dtype x root mean square of exact:
 
-        e(got) / (e(eager) + e0 / 2)        so that "<= 2" reads e(got) <= 2 e(eager) + e0
+        e(got) / (e(eager) + u / 2)        so that "<= 2" reads e(got) <= 2 e(eager) + u
 
     got, eager: any shape, the dtype under test; exact: the same shape in float64, computed from the same (rounded) inputs.
-    The floor e0 keeps the ratio meaningful where eager happens to be exact. 0 / 0 is 0. Raises ValueError on a wrong shape or dtype.
+    The floor u keeps the ratio meaningful where eager happens to be exact. 0 / 0 is 0. Raises ValueError on a wrong shape or dtype.
     """
     if got.shape != exact.shape or got.dtype != eager.dtype:
         raise ValueError(f"error_ratio: got {got.dtype} {list(got.shape)}, eager {eager.dtype}, exact {list(exact.shape)} do not belong together")
-    scale = rmse(eager, exact) + rmse(exact.to(got.dtype), exact) / 2
     error = rmse(got, exact)
     if error == 0.0:
         return 0.0
+    unit = torch.finfo(got.dtype).eps / 2 * rmse(exact, torch.zeros_like(exact))
+    scale = rmse(eager, exact) + unit / 2
     return error / scale if scale > 0 else float("inf")
 
 

@@ -14,11 +14,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import finetune
-import text
-import training
+import finetune  # noqa: E402
+import text  # noqa: E402
+import training  # noqa: E402
 
-import lora_kernels as lk
+import lora_kernels as lk  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,13 @@ def test_bad_numbers_are_refused_before_anything_is_loaded(argv):
     with pytest.raises(SystemExit) as stop:
         finetune.main(argv)
     assert stop.value.code == 2
+
+
+def test_unusable_environment_is_one_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "tpu")
+    assert run() == 2
+    assert "LORA_KERNELS_BACKEND names no backend" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_model_folder(tiny, tmp_path, capsys):

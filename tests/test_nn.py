@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import relative_rmse
+from lora_kernels.testing import relative_rmse
 from torch import nn
 
 import lora_kernels as lk

@@ -215,6 +215,14 @@ def test_other_lora_layers_are_reported():
     assert len(report.patched) == 2
 
 
+def test_a_forward_replaced_on_the_instance_stays_in_place():
+    model = adapted("mlp", False)
+    layer = layer_of(model)
+    layer.forward = lambda x: torch.zeros(len(x), 20)
+    assert lk.patch(model).skipped == {"base_model.model.lin0": "its forward was replaced on the instance"}
+    assert not layer(torch.ones(3, 12)).any()
+
+
 def test_patch_is_idempotent_and_unpatch_restores_exactly():
     model = adapted("mlp", False)
     before = {name: (type(m), list(m.__dict__)) for name, m in model.named_modules()}
@@ -230,6 +238,7 @@ def test_patch_changes_no_key_parameter_or_hook():
     plain, patched = adapted("llama", False), adapted("llama", True)
     for names in ("named_parameters", "named_buffers", "named_modules"):
         assert [n for n, _ in getattr(plain, names)()] == [n for n, _ in getattr(patched, names)()]
+    assert repr(plain) == repr(patched)
     assert [p.requires_grad for p in plain.parameters()] == [p.requires_grad for p in patched.parameters()]
 
 

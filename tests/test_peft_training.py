@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
-from peft_models import VOCAB, CallCount, adapted, adapter_state, assert_alike, batch, compare, loss, one_thread, output  # noqa: F401
+from peft_models import VOCAB, CallCount, adapted, adapter_state, assert_alike, batch, compare, config, loss, one_thread, output  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
@@ -186,6 +186,15 @@ def test_compiles_whole(kind, options, monkeypatch):
     if options:
         model.train()
         loss(compiled, kind).backward()
+
+
+def test_a_layer_left_to_peft_compiles_whole():
+    torch._dynamo.reset()
+    model = adapted("mlp", True)
+    model.add_adapter("other", config("mlp"))
+    model.base_model.set_adapter(["default", "other"])
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch("mlp")["x"]), output(model, "mlp"))
 
 
 def test_compiled_model_follows_the_adapter_s_state():

@@ -66,13 +66,14 @@ struct WideArgs {
 constexpr int64_t kPanel = 64;      // columns of one panel
 constexpr int64_t kWideRows = 32;   // most rows of the wide form
 constexpr int64_t kWideCols = 1024; // most columns of one wide block
+constexpr int64_t kWideFloats = 2 * kWideRows * kWideCols;
 
 struct Kernels {
   const char* name;
   void (*dot)(Dtype t, const DotArgs& a, int64_t n0, int64_t n1);
   int64_t (*panel_floats)(const PanelArgs& a, int64_t rows);  // workspace of one panel call over `rows` rows
   void (*panel)(Dtype t, const PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* ws);
-  void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);  // ws: kWideRows * kWideCols floats; c0 a multiple of 32
+  void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);  // ws: kWideFloats; c0 a multiple of 32
   void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);
   void (*cast)(Dtype to, const float* from, void* dst, int64_t n);
 };

@@ -88,8 +88,8 @@ inline void wide_product(const Kernels& k, Dtype t, const WideArgs& a, int64_t C
   constexpr int64_t kUnit = 32;
   const int64_t units = (C + kUnit - 1) / kUnit;
   threads = threads_for(a.M * C * (a.N + a.R), threads);
-  Scratch ws(static_cast<size_t>(kWideRows * kWideCols) * 4 * static_cast<size_t>(threads));
-  parallel(units, threads, [&](int64_t u0, int64_t u1, int share) { k.wide(t, a, u0 * kUnit, std::min(u1 * kUnit, C), ws.as<float>() + share * kWideRows * kWideCols); });
+  Scratch ws(static_cast<size_t>(kWideFloats) * 4 * static_cast<size_t>(threads));
+  parallel(units, threads, [&](int64_t u0, int64_t u1, int share) { k.wide(t, a, u0 * kUnit, std::min(u1 * kUnit, C), ws.as<float>() + share * kWideFloats); });
 }
 
 }  // namespace lk

@@ -16,6 +16,7 @@ constexpr int NV = 2;
 constexpr int MICRO_ROWS[NV + 1] = {0, 12, 6};
 constexpr int WIDE_STEPS = 4;   // steps of k that a wide pass keeps in registers, two vectors each
 constexpr int64_t KC = 512;  // lanes along k of one packed panel block: 128 KiB
+constexpr int64_t CHAIN_F32 = 128;
 
 LK_INLINE __m256i first(int64_t n) {
   alignas(32) static const int32_t table[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};

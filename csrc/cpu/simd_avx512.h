@@ -16,6 +16,7 @@ constexpr int NV = 4;                                              // vectors ac
 constexpr int MICRO_ROWS[NV + 1] = {0, 14, 12, 8, 6};              // rows of a micro tile that is 1..NV vectors wide: 24 accumulators
 constexpr int WIDE_STEPS = 8;   // steps of k that a wide pass keeps in registers, two vectors each
 constexpr int64_t KC = 1024;  // lanes along k of one packed panel block: 256 KiB
+constexpr int64_t CHAIN_F32 = 128;
 
 LK_INLINE __mmask16 first(int64_t n) { return n >= L ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
 LK_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
@@ -30,13 +31,17 @@ LK_INLINE V keep(V v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__
 LK_INLINE V widen(const bf16*, __m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 LK_INLINE V widen(const f16*, __m256i v) { return _mm512_cvtph_ps(v); }
 LK_INLINE __m256i narrow(const f16*, V v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-LK_INLINE __m256i narrow(const bf16*, V v) {  // to nearest even, NaN stays NaN, denormals stay (vcvtneps2bf16 would flush them)
+#ifdef LK_BF16_PAIRS  // both bf16 instructions flush denormals (below 1.2e-38), as they do in PyTorch's own kernels
+LK_INLINE __m256i narrow(const bf16*, V v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
+LK_INLINE __m256i narrow(const bf16*, V v) {  // to nearest even, NaN stays NaN
   const __m512i i = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), i, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
+#endif
 
 LK_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 LK_INLINE V load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }

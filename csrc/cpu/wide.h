@@ -58,13 +58,24 @@ void wide_product(int64_t M, const T* x, int64_t ldx, const T* w, int64_t ldw, i
   if (n < N) wide_group<T, false>(M, x + n, ldx, w + n * ldw, ldw, N - n, cols, acc, ld);
 }
 
+// Adds `acc` to `total` and clears it: long sums are made of sums of FLUSH terms, for their rounding error.
+constexpr int64_t FLUSH = 256;
+LK_INLINE void flush(int64_t M, int64_t cols, float* acc, float* total, int64_t ld) {
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t j = 0; j < cols; j += L) {
+      store(total + m * ld + j, add(load(total + m * ld + j), load(acc + m * ld + j)));
+      store(acc + m * ld + j, zero());
+    }
+}
+
 template <class T>
 void wide_of(const lk::WideArgs& a, int64_t c0, int64_t c1, float* ws) {
   int64_t block = 4096 / a.M / 32 * 32;  // accumulators of one block: 16 KiB
   block = block < 128 ? 128 : min(block, lk::kWideCols);
   for (int64_t c = c0; c < c1; c += block) {
     const int64_t cols = min(c1 - c, block);
-    for (int64_t i = 0; i < a.M * block; i += L) store(ws + i, zero());
+    float* total = ws + lk::kWideRows * lk::kWideCols;
+    for (int64_t i = 0; i < a.M * block; i += L) store(ws + i, zero()), store(total + i, zero());
     if (a.R) {
       wide_product(a.M, static_cast<const T*>(a.h.p), a.h.ld, static_cast<const T*>(a.b.p) + c, a.b.ld, a.R, cols, ws, block);
       if (a.out_keep.p) {
@@ -72,9 +83,13 @@ void wide_of(const lk::WideArgs& a, int64_t c0, int64_t c1, float* ws) {
           for (int64_t j = 0; j < cols; j += L) store(ws + m * block + j, keep(mul(load(ws + m * block + j), set1(a.keep_scale)), keep_bits(a.out_keep, m, c + j)));
       }
     }
-    wide_product(a.M, static_cast<const T*>(a.x.p), a.x.ld, static_cast<const T*>(a.w.p) + c, a.w.ld, a.N, cols, ws, block);
+    for (int64_t n = 0; n < a.N; n += FLUSH) {
+      const T* w = static_cast<const T*>(a.w.p) + n * a.w.ld + c;
+      wide_product(a.M, static_cast<const T*>(a.x.p) + n, a.x.ld, w, a.w.ld, min(a.N - n, FLUSH), cols, ws, block);
+      flush(a.M, cols, ws, total, block);
+    }
     for (int64_t m = 0; m < a.M; m++)
-      for (int64_t j = 0; j < cols; j += L) store(static_cast<T*>(a.out.p) + m * a.out.ld + c + j, mul(load(ws + m * block + j), set1(a.alpha)), cols - j);
+      for (int64_t j = 0; j < cols; j += L) store(static_cast<T*>(a.out.p) + m * a.out.ld + c + j, mul(load(total + m * block + j), set1(a.alpha)), cols - j);
   }
 }
 

@@ -45,8 +45,9 @@ def _layer_module() -> ModuleType:
 def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> PatchReport:
     """Run the LoRA layers of a PEFT model through the fused op, in place; call it again at any time.
 
-    Equivalent to: nothing but faster. Layers keep their parameters, keys, config and every method; dropout draws its mask from
-    torch's generator in its own way, so a seed gives other (equally distributed) masks than unpatched PEFT.
+    Equivalent to: the model as it was. Layers keep their parameters, keys, config and methods. Where the base layer is 16-bit, the
+    low-rank branch computes in its dtype with float32 sums (PEFT casts x to the adapter's float32); dropout draws its mask from
+    torch's generator in its own way, so a seed gives other, equally distributed masks than in PEFT.
 
     Args:
         model: anything that holds `peft.tuners.lora` layers: a PeftModel, or a model with injected or loaded adapters.
@@ -71,7 +72,7 @@ def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> Patc
     for name, layer, reason in _lora_layers(model):
         if reason is None:
             swap.append(layer)
-            found = _layer_module().plain_parts(layer)
+            found = _layer_module().plain_operands(layer)
             reason = found if isinstance(found, str) else None
         if reason is None:
             report.patched.append(name)
@@ -143,6 +144,6 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]
         if not isinstance(module, LoraLayer):
             continue
         if type(module) in (Linear, kinds.FusedLinear):
-            yield name, module, kinds.base_refused(module)
+            yield name, module, kinds.never_plain(module)
         else:
             yield name, module, f"a {type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__}"

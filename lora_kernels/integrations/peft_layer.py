@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
@@ -23,8 +25,8 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 class FusedLinear(Linear):
     """`peft.tuners.lora.layer.Linear` whose plain case is one call of `lora_linear`; every other case is PEFT's own forward.
 
-    It adds no state and no submodule and overrides nothing but `forward`, so keys, saving, merging, adapter switching, copying and
-    pickling are PEFT's. What is plain is decided anew on every call, so adapters may come, go, merge and change at any time.
+    It adds no state and no submodule and overrides only `forward` (and keeps its name in repr), so keys, saving, merging, adapter
+    switching, copying and pickling are PEFT's. What is plain is decided anew on every call, so adapters may come, go, merge and change at any time.
     """
 
     _lora_kernels = ("auto", False)  # (backend, strict); an instance attribute where `patch` was given others
@@ -32,24 +34,45 @@ class FusedLinear(Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         reason = "extra arguments to forward" if args or kwargs else None
         if reason is None:
-            found = plain_parts(self)
-            reason = found if isinstance(found, str) else input_refused(self, x, *found[:3])
+            found = plain_operands(self)
+            reason = found if isinstance(found, str) else input_refused(self, x, found)
         if reason is not None:
             _left_to_peft(reason, self._lora_kernels[1])
             return super().forward(x, *args, **kwargs)
-        base, lora_a, lora_b, scaling, dropout_p = found
+        weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p = found
         backend, strict = self._lora_kernels
-        bias = _joint_bias(base.bias, lora_b.bias, scaling, x)
-        return lora_linear(x, base.weight, bias, lora_a.weight, lora_b.weight, scaling, dropout_p, True, None, backend, strict)
+        if lora_bias is not None:
+            bias = _joint_bias(bias, lora_bias, scaling, x)
+        return lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, True, None, backend, strict)
+
+    def _get_name(self) -> str:
+        return Linear.__name__
 
 
-def plain_parts(layer: Linear) -> str | tuple[nn.Linear, nn.Linear, nn.Linear, float, float]:
-    """(base layer, lora_A, lora_B, scaling, dropout_p in force) when the layer's present state is plain, else the reason why not."""
+class Operands(NamedTuple):
+    """What the fused op reads of a layer in its present state."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+
+def plain_operands(layer: Linear) -> str | Operands:
+    """The operands when the layer's present state is plain, else the reason why not.
+
+    Runs on every call, so it reads `_modules` and `_parameters` directly instead of through `nn.Module.__getattr__`.
+    """
     if layer.disable_adapters:
         return DISABLED
     if layer.merged:
         return MERGED
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    modules = layer._modules
+    all_a = modules["lora_A"]._modules
+    names = [name for name in layer.active_adapters if name in all_a]
     if len(names) != 1:
         return f"{len(names)} active adapters" if names else INACTIVE
     name = names[0]
@@ -57,8 +80,8 @@ def plain_parts(layer: Linear) -> str | tuple[nn.Linear, nn.Linear, nn.Linear, f
         return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
     if layer.ephemeral_gpu_offload:
         return "ephemeral GPU offload"
-    base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    reason = _module_refused("base_layer", base) or _module_refused("lora_A", lora_a) or _module_refused("lora_B", lora_b)
+    base, a, b, dropout = modules["base_layer"], all_a[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+    reason = _module_refused("base_layer", base) or _module_refused("lora_A", a) or _module_refused("lora_B", b)
     if reason is not None:
         return reason
     if type(dropout) is nn.Dropout and not dropout.inplace:
@@ -69,20 +92,32 @@ def plain_parts(layer: Linear) -> str | tuple[nn.Linear, nn.Linear, nn.Linear, f
         return f"lora_dropout is a {type(dropout).__name__}" + (", in place" if type(dropout) is nn.Dropout else "")
     if _hooked(dropout):
         return "hooks on lora_dropout"
-    if lora_a.bias is not None:
-        return "lora_A has a bias"
-    if base.weight.requires_grad and torch.is_grad_enabled():
-        return "base weight requires grad"
     scaling = layer.scaling[name]
-    if not isinstance(scaling, (int, float)) or scaling - scaling != 0:
-        return f"scaling is a {type(scaling).__name__}" if not isinstance(scaling, (int, float)) else "scaling is not finite"
-    return base, lora_a, lora_b, scaling, dropout_p
+    if not isinstance(scaling, (int, float)):
+        return f"scaling is a {type(scaling).__name__}"
+    if scaling - scaling != 0:
+        return "scaling is not finite"
+    (weight, bias), (lora_a, bias_a), (lora_b, lora_bias) = _tensors(base), _tensors(a), _tensors(b)
+    if bias_a is not None:
+        return "lora_A has a bias"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "base weight requires grad"
+    return Operands(weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p)
 
 
-def base_refused(layer: Linear) -> str | None:
-    """Why no state of this layer can ever be plain, or None. The class is swapped only where this is None."""
+def _tensors(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    parameters = linear._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return linear.weight, linear.bias  # FSDP1 puts plain tensors in the parameters' place
+
+
+def never_plain(layer: Linear) -> str | None:
+    """Why swapping this layer's class would be of no use, or None."""
     if layer.fan_in_fan_out or type(layer.base_layer) is not nn.Linear:
         return f"base_layer is a {type(layer.base_layer).__name__}, not nn.Linear"
+    if "forward" in layer.__dict__:  # by X-LoRA, accelerate's hooks or another patch; it would never reach the class's forward
+        return "its forward was replaced on the instance"
     return None
 
 
@@ -91,7 +126,7 @@ def _module_refused(role: str, module: nn.Module) -> str | None:
         return f"{role} is a {type(module).__name__}, not nn.Linear"
     if _hooked(module):
         return f"hooks on {role}"
-    for tensor in (module.weight, module.bias):
+    for tensor in module._parameters.values():
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
             return f"{role} holds a {type(tensor).__name__}"
     return None
@@ -103,36 +138,34 @@ def _hooked(module: nn.Module) -> bool:
     return bool(own) or "forward" in module.__dict__
 
 
-def input_refused(layer: Linear, x: Tensor, base: nn.Linear, lora_a: nn.Linear, lora_b: nn.Linear) -> str | None:
+def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:
     """Why this call's x or its surroundings need PEFT's own forward, or None."""
+    weight, bias, lora_a, lora_b = found[:4]
     if type(x) not in _PLAIN_TENSORS or x.layout is not torch.strided or x.is_nested:
         return f"x is a {type(x).__name__}, {getattr(x, 'layout', 'no tensor')}"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"
     if not torch.compiler.is_compiling() and (_has_any_global_hook() or torch.jit.is_tracing()):
         return "global module hooks or torch.jit.trace"
-    if x.dim() < 1 or x.shape[-1] != base.in_features:
+    if x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
         return "x does not fit the layer"
     device = x.device
-    if not device == base.weight.device == lora_a.weight.device == lora_b.weight.device:
+    if not device == weight.device == lora_a.device == lora_b.device:
         return "x, base layer and adapter on different devices"
-    dtype, autocast = x.dtype, torch.is_autocast_enabled(device.type)
-    if autocast and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    elif base.weight.dtype is not dtype or (base.bias is not None and base.bias.dtype is not dtype):
-        return f"x {x.dtype} on a base layer of {base.weight.dtype}"
-    adapter = lora_a.weight.dtype
-    if x.dtype not in DTYPES or lora_b.weight.dtype is not adapter or adapter not in (dtype, torch.float32):
-        return f"x {x.dtype}{' under autocast' if autocast else ''} with lora_A {adapter}, lora_B {lora_b.weight.dtype}"
+    given, adapter = x.dtype, lora_a.dtype
+    autocast = torch.is_autocast_enabled(device.type) and given is not torch.float64
+    dtype = torch.get_autocast_dtype(device.type) if autocast else given
+    if not autocast and (weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype)):
+        return f"x {given} on a base layer of {weight.dtype}"
+    if given not in DTYPES or lora_b.dtype is not adapter or adapter not in (dtype, torch.float32):
+        return f"x {given}{' under autocast' if autocast else ''} with lora_A {adapter}, lora_B {lora_b.dtype}"
     if adapter is not dtype and not (layer.cast_input_dtype_enabled or autocast):
         return "input dtype casting disabled"
     return None
 
 
-def _joint_bias(bias: Tensor | None, lora_bias: Tensor | None, scaling: float, x: Tensor) -> Tensor | None:
+def _joint_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float, x: Tensor) -> Tensor:
     """`bias + scaling * lora_bias`, so that LoRA's own bias costs N additions and no pass over y."""
-    if lora_bias is None:
-        return bias
     joint = scaling * lora_bias if bias is None else torch.add(bias, lora_bias, alpha=scaling)
     return joint.to(x.dtype)
 

@@ -110,6 +110,14 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def regular(*tensors: Tensor) -> bool:
+    """Whether these 2-D tensors are 16-bit with contiguous rows, base and row pitch multiples of 16 bytes (what TMA can describe)."""
+    for t in tensors:
+        if t.element_size() != 2 or t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) < t.shape[1] or t.data_ptr() % 16:
+            return False
+    return True
+
+
 def programs(device: torch.device) -> int:
     """Programs of a persistent grid: one per SM."""
     return _device.sm_count(device.index or 0) if device.type == "cuda" else PROGRAMS

@@ -38,17 +38,22 @@ class TilePlan(NamedTuple):
 
 
 PREFILL = TilePlan(128, 128, 64, 8, 3)
-INVARIANT = TilePlan(64, 128, 64, 4, 3)  # for every M: a row's sums have one order
+PREFILL_SM80 = TilePlan(128, 128, 32, 8, 4)  # BK 64 spills 40 bytes there
+INVARIANT = TilePlan(64, 128, 64, 8, 3)  # for every M: a row's sums have one order
 FLOAT32 = TilePlan(64, 64, 32, 4, 2)
+EXPAND = TilePlan(64, 128, 64, 8, 2)
 
 
-def decode_plan(M: int, total_n: int, K: int, itemsize: int, sms: int) -> DecodePlan:
-    """About two programs per SM, each with at least four steps of K."""
+def decode_plan(M: int, total_n: int, K: int, itemsize: int, sms: int, cast: bool) -> DecodePlan:
+    """About two programs per SM, each with at least four steps of K. Short steps in float32, and where rows of 16 bytes do not line up
+    (addresses per element: longer ones spill); `cast`: pools of another dtype, which take registers.
+    """
     BM = max(16, triton.next_power_of_2(M))
-    BK = (64 if BM >= 256 else 128) if itemsize == 2 else 32
-    tiles = triton.cdiv(total_n, 64)
-    split = max(1, min(8, triton.cdiv(2 * sms, tiles), triton.cdiv(K, 4 * BK)))
-    return DecodePlan(BM, 64, BK, 1 << (split.bit_length() - 1), 4, (4 if BM <= 64 else 3) if itemsize == 2 else 2)
+    short = itemsize == 4 or K % 8 != 0
+    BK = 32 if short else 64 if BM >= 256 or cast else 128
+    split = max(1, min(8, triton.cdiv(2 * sms, triton.cdiv(total_n, 64)), triton.cdiv(K, 4 * BK)))
+    stages = 2 if short else 4 if BM <= 64 else 3
+    return DecodePlan(BM, 64, BK, 1 << (split.bit_length() - 1), 8 if BM >= 256 else 4, stages)
 
 
 def rank_chunk(R: int) -> int:
@@ -100,7 +105,7 @@ def _launch_shrink(x, pools_a, h, ids, ranks, scalings, table, block, packed, pa
     (M, K), S, R = x.shape, len(pools_a), h.shape[2]
     at = _batch_table.layout(M, pools_a[0].shape[0], block)
     BR = rank_chunk(R)
-    RC, BK = triton.cdiv(R, BR), 128 if x.element_size() == 2 else 32
+    RC, BK = triton.cdiv(R, BR), 128 if x.element_size() == 2 and K % 8 == 0 else 32
     groups = at.max_blocks * S * RC
     if groups == 0:
         return
@@ -128,7 +133,8 @@ def _launch_tiles(x, y, h, weights, biases, pools_b, ranks, table, block, plan, 
         tuple(pools_b), tuple(Ns), tuple(p.stride(0) for p in pools_b),
         M, x.shape[1], R, x.stride(0), y.stride(0), *w.stride(), *b.stride()[1:], h.stride(0), h.stride(1), _stride0(ranks),
         at.order, at.seg_of, at.seg_start, at.seg_adapter,
-        S=S, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=rank_chunk(R), GROUP_M=8, BASE=base, HAS_BIAS=biases is not None and biases[0] is not None,
+        S=S, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=rank_chunk(R), GROUP_M=8,
+        EVEN_K=x.shape[1] % plan.BK == 0, BASE=base, HAS_BIAS=biases is not None and biases[0] is not None,
         HAS_RANKS=ranks is not None, PREC=_precision(x), num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
 
@@ -142,7 +148,7 @@ def _launch_decode(x, y, h, weights, biases, pools_a, pools_b, ranks, scalings, 
     at = _batch_table.layout(M, L, block)
     Ns = [w.shape[0] for w in weights]
     total_n, BR = sum(Ns), rank_chunk(R)
-    plan = decode_plan(M, total_n, K, x.element_size(), _sms(x.device))
+    plan = decode_plan(M, total_n, K, x.element_size(), _sms(x.device), pools_a[0].dtype != x.dtype)
     RC = triton.cdiv(R, BR)
     groups, tiles = at.max_blocks * S * RC, sum(triton.cdiv(N, plan.BN) for N in Ns)
     floats = [groups * SPLIT_SHRINK * block * BR, plan.SPLIT_K * total_n * plan.BM if plan.SPLIT_K > 1 else 0, total_n * plan.BM]
@@ -164,6 +170,10 @@ def _sms(device: torch.device) -> int:
     return _device.sm_count(device.index or 0) if device.type == "cuda" else 8
 
 
+def _major(device: torch.device) -> int:
+    return _device.cuda_capability(device.index or 0)[0] if device.type == "cuda" else 9
+
+
 def _rows(t: Tensor) -> Tensor:
     """`t` with unit stride along its rows."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
@@ -172,7 +182,9 @@ def _rows(t: Tensor) -> Tensor:
 def _tile_plan(x: Tensor, batch_invariant: bool) -> TilePlan:
     if x.dtype == torch.float32:
         return FLOAT32
-    return INVARIANT if batch_invariant else PREFILL
+    if batch_invariant:
+        return INVARIANT
+    return PREFILL if _major(x.device) >= 9 else PREFILL_SM80
 
 
 def _decodes(M: int, block: int, batch_invariant: bool, weights, pools_a, pools_b) -> bool:
@@ -223,14 +235,15 @@ def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, bat
 
 
 def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
-    """As `reference_batched.lora_expand`."""
+    """As `reference_batched.lora_expand`. h is cast here: cast in the kernel it would be a register operand of wgmma."""
     if y.shape[0] == 0:
         return
+    h = h.to(y.dtype)
     widths = [b.shape[1] for b in pools_b]
     for run in _groups(pools_b, pools_b, pools_b):
         s = slice(run.start, run.stop)
         yg = y[:, sum(widths[: run.start]) : sum(widths[: run.stop])]
-        plan = FLOAT32 if y.dtype == torch.float32 else TilePlan(64, 128, 64, 4, 2)
+        plan = FLOAT32 if y.dtype == torch.float32 else EXPAND
         _launch_tiles(yg, yg, h[s], [], None, pools_b[s], _cut(ranks, run), table, block, plan, False)
 
 

@@ -180,17 +180,17 @@ def decode_kernel(
             mine = rt < length
             hrows = tl.load(table_ptr + o_order + start + rt, mask=mine, other=0).to(tl.int64)
             b_ptr = pick(bs, i, S) + adapter.to(tl.int64) * pick(sbls, i, S)
-            term = tl.full((BN, TB), -0.0, tl.float32)  # what rank 0 leaves
-            for r in tl.range(0, rank, BR, num_stages=1):  # one step for most; see batched_prefill on register operands
+            # 16 rows: tokens on the tall side, so that this is a plain mma and a cast of B needs no register operand of wgmma.
+            term = tl.full((TB, BN), -0.0, tl.float32)  # what rank 0 leaves
+            for r in tl.range(0, rank, BR, num_stages=1):
                 inside = (r + rr) < rank
-                b = tl.load(b_ptr + wn[:, None] * sbn + (r + rr)[None, :], mask=inside[None, :], other=0.0)
                 h = tl.load(
                     h_ptr + i * shs + hrows[:, None] * shm + (r + rr)[None, :],
                     mask=mine[:, None] & inside[None, :], other=0.0, cache_modifier=".cg",
                 )  # fmt: skip
-                term = tl.dot(b.to(x_ptr.dtype.element_ty), h.T, term, input_precision=PREC)
-            term_at = lora_ptr + (col0 + rn)[:, None] * BM + (start + rt)[None, :]
-            tl.store(term_at, term, mask=stored & mine[None, :])
+                b = tl.load(b_ptr + wn[:, None] * sbn + (r + rr)[None, :], mask=inside[None, :], other=0.0)
+                term = tl.dot(h, b.to(x_ptr.dtype.element_ty).T, term, input_precision=PREC)
+            tl.store(lora_ptr + (col0 + rn)[None, :] * BM + (start + rt)[:, None], term, mask=mine[:, None] & (rn[None, :] < N))
 
     # 4. the last program of a column tile adds the parts and stores y.
     tl.debug_barrier()

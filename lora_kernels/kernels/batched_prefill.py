@@ -59,7 +59,7 @@ def batched_linear_kernel(
     M, K, R, sxm, sym, swn, swk, sbn, sbr, shs, shm, srk,
     o_order, o_seg_of, o_seg_start, o_seg_adapter,
     S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
-    BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, PREC: tl.constexpr,
+    EVEN_K: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x[m] W_i[n]^T + b_i[n] + h[i, m, :r] B_i[l, n, :r]^T, l the adapter of row m; without BASE, y += the last term.
 
@@ -67,9 +67,10 @@ def batched_linear_kernel(
         y `[M, sum N_i]`.
     Grid: one program per BM x BN tile, all slices in one launch; columns of GROUP_M row tiles. Independent of the adapter mix.
     Memory: x and W as in a GEMM; per tile and segment crossing it BM r of h and BN r of B; y stored once (without BASE: read and stored).
-    Numerics: float32 accumulator, rank products first, then ascending k. A row takes a product only from its own segment (`where`, not a
+    Numerics: float32; ascending k, then the rank products, then the bias. A row takes a product only from its own segment (`where`, not a
         product with zero: another adapter's inf or NaN stays there), so its bits depend on itself, (BK, BR) and the tile shape alone.
-        The rank products come before the K loop: after it ptxas serialises the loop's wgmma (C7515).
+        The rank products have an accumulator of their own, after the K loop: continued in the loop's accumulator, before or after it,
+        ptxas serialises the loop's wgmma (C7515), as the segment loop around them carries it.
     Source: SGMV, arXiv:2310.18547; here the update is added in the base GEMM's accumulator.
     """
     num_m = tl.cdiv(M, BM)
@@ -88,10 +89,25 @@ def batched_linear_kernel(
     rows = tl.load(table_ptr + o_order + rp, mask=live, other=0).to(tl.int64)
     rn = tile * BN + tl.arange(0, BN)
     rr = tl.arange(0, BR)
+    acc = tl.zeros((BM, BN), tl.float32)
+    if BASE:
+        rk = tl.arange(0, BK)
+        columns = rn[None, :] < N
+        x_ptrs = x_ptr + rows[:, None] * sxm + rk[None, :]
+        w_ptrs = pick(ws, i, S) + rn.to(tl.int64)[None, :] * swn + rk.to(tl.int64)[:, None] * swk
+        for k in range(0, K, BK):
+            if EVEN_K:
+                x = tl.load(x_ptrs)
+                w = tl.load(w_ptrs, mask=columns, other=0.0)
+            else:
+                x = tl.load(x_ptrs, mask=k + rk[None, :] < K, other=0.0)
+                w = tl.load(w_ptrs, mask=columns & (k + rk[:, None] < K), other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PREC)
+            x_ptrs += BK
+            w_ptrs += BK * swk
     segments = tl.load(table_ptr + 2)
     seg = tl.load(table_ptr + o_seg_of + p0)
     last = tl.minimum(tl.load(table_ptr + o_seg_of + tl.minimum(p0 + BM, M) - 1) + 1, segments)
-    acc = tl.zeros((BM, BN), tl.float32)
     while seg < last:
         start = tl.load(table_ptr + o_seg_start + seg)
         end = tl.load(table_ptr + o_seg_start + seg + 1)
@@ -99,28 +115,21 @@ def batched_linear_kernel(
         rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
         mine = (rp >= start) & (rp < end)
         b_ptr = pick(bs, i, S) + adapter.to(tl.int64) * pick(sbls, i, S)
+        term = tl.zeros((BM, BN), tl.float32)
         # Not pipelined: a cast operand would be a register operand of a pipelined wgmma, which ptxas before 13.3 miscompiles (triton#9433).
         for r in tl.range(0, rank, BR, num_stages=1):
             inside = (r + rr) < rank
             h = tl.load(h_ptr + i * shs + rows[:, None] * shm + (r + rr)[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
             b = tl.load(b_ptr + rn[:, None] * sbn + (r + rr)[None, :] * sbr, mask=(rn[:, None] < N) & inside[None, :], other=0.0)
-            added = tl.dot(h.to(x_ptr.dtype.element_ty), b.to(x_ptr.dtype.element_ty).T, acc, input_precision=PREC)
-            acc = tl.where(mine[:, None], added, acc)
+            term = tl.dot(h.to(x_ptr.dtype.element_ty), b.to(x_ptr.dtype.element_ty).T, term, input_precision=PREC)
+        acc = tl.where(mine[:, None], acc + term, acc)
         seg += 1
 
     yp = y_ptr + rows[:, None] * sym + (col0 + rn)[None, :]
     keep = live[:, None] & (rn[None, :] < N)
     if BASE:
-        w_ptr = pick(ws, i, S)
-        rk = tl.arange(0, BK)
-        wn = tl.where(rn < N, rn, 0).to(tl.int64)
-        for k in range(0, K, BK):
-            inside = (k + rk) < K
-            x = tl.load(x_ptr + rows[:, None] * sxm + (k + rk)[None, :], mask=inside[None, :], other=0.0)
-            w = tl.load(w_ptr + wn[:, None] * swn + (k + rk)[None, :] * swk, mask=inside[None, :], other=0.0)
-            acc = tl.dot(x, w.T, acc, input_precision=PREC)
         if HAS_BIAS:
-            acc += tl.load(pick(biases, i, S) + wn).to(tl.float32)[None, :]
+            acc += tl.load(pick(biases, i, S) + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
         tl.store(yp, acc.to(y_ptr.dtype.element_ty), mask=keep)
     else:
         # Rows without an adapter are neither read nor written.

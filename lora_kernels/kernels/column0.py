@@ -124,12 +124,8 @@ class Column0:
         constants = dict(BM=BM, BN=BN, BK=BK, BR=BR, GROUP_M=plan.group_m, TRANSPOSED=transposed, HAS_BIAS=bias is not None)
         grid = (min(programs(x.device), num_m * -(-N // BN)),)
         ints = (M, N, K, R, *b.stride())
-        self.launch = Launcher(
-            column0_kernel, grid, blocks, ints, plan.warps, plan.stages, **constants, PRECISION=precision(x.dtype)
-        )
+        self.launch = Launcher(column0_kernel, grid, blocks, ints, plan.warps, plan.stages, **constants, PRECISION=precision(x.dtype))
 
-    def __call__(
-        self, stream: int, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, y: Tensor, h: Tensor, scale: float
-    ) -> None:
+    def __call__(self, stream: int, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, y: Tensor, h: Tensor, scale: float) -> None:
         """Here W and A are weight and adapter as stored; A is in x's dtype."""
         self.launch(stream, (x, w, a, y), (bias, h, b, workspace(x.device, stream, self.flags)), (scale,))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from .. import _device, reference
 from ..tuning import store
-from ..tuning.plan import Problem, fit
-from ._launch import on_device
+from ..tuning.plan import POINTER_TILE, Plan, Problem, fit
+from ._launch import on_device, regular
 from .column0 import Column0
 from .shrink import Shrink
 from .tall_skinny import TallSkinny
@@ -18,16 +16,11 @@ from .update import Update
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_SIGNATURES = 4096
+# Float32 adapters of a larger rank are cast before the launch: in the kernel they cost 32 registers and more, which spill at R = 64, and as
+# wgmma's A operand they would sit in registers. TMA (column0's A) cannot cast either.
+_CAST_RANK = 32
 _forwards: dict[tuple, "Forward"] = {}
 _backwards: dict[tuple, "Backward"] = {}
-
-
-def _regular(*tensors: Tensor) -> bool:
-    """Whether these 2-D tensors are 16-bit with contiguous rows, base and row pitch multiples of 16 bytes (what TMA can describe)."""
-    for t in tensors:
-        if t.element_size() != 2 or t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) < t.shape[1] or t.data_ptr() % 16:
-            return False
-    return True
 
 
 def _alignment(*tensors: Tensor | None) -> tuple | None:
@@ -37,6 +30,11 @@ def _alignment(*tensors: Tensor | None) -> tuple | None:
         if t is not None:
             together |= t.data_ptr()
     return tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors) if together & 15 else None
+
+
+def _cast(adapter: Tensor, x: Tensor, wanted: bool) -> Tensor:
+    """A rank-sized operand in x's dtype, rows contiguous, where the kernel cannot cast as it loads; else as it is."""
+    return adapter.to(x.dtype).contiguous() if wanted else adapter
 
 
 def _put(cache: dict, key: tuple, made: object) -> object:
@@ -55,24 +53,26 @@ class Forward:
         plan = store.choose(problem, x.device)
         self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
         self.shapes = ((M, N), (M, R), (M, -(-K // 32)) if dropout_p > 0 else (0,))
-        self.cast_a = lora_a.dtype != x.dtype
-        plan = fit(plan, problem, N % 8 == 0 and _regular(x, weight), K % 8 == 0 if self.cast_a else _regular(lora_a))
+        cast_a = lora_a.dtype != x.dtype
+        plan = fit(plan, problem, N % 8 == 0 and regular(x, weight), K % 8 == 0 if cast_a else regular(lora_a))
         y = x.new_empty(self.shapes[0])
         self.column0 = self.shrink = self.update = None
+        self.cast_a = cast_a and (plan.form == "column0" or R > _CAST_RANK)
+        self.cast_b = R > _CAST_RANK and lora_b.dtype != x.dtype
         if plan.form == "column0":
-            self.column0 = Column0(plan, x, weight.t(), bias, lora_b.t(), y)
+            self.column0 = Column0(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t(), y)
             return
-        self.shrink = Shrink(x, lora_a, dropout_p)
+        self.shrink = Shrink(x, _cast(lora_a, x, self.cast_a), dropout_p)
         if not self.torch_gemm:
-            self.update = Update(plan, x, weight.t(), bias, lora_b.t(), y)
+            self.update = Update(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t(), y)
 
     def __call__(self, stream: int, x, weight, bias, lora_a, lora_b, scaling, seed) -> tuple[Tensor, Tensor, Tensor]:
         y_shape, h_shape, mask_shape = self.shapes
         h, mask = x.new_empty(h_shape), x.new_empty(mask_shape, dtype=torch.int32)
+        lora_a, lora_b = _cast(lora_a, x, self.cast_a), _cast(lora_b, x, self.cast_b)
         if self.column0 is not None:
             y = x.new_empty(y_shape)
-            a = lora_a.to(x.dtype).contiguous() if self.cast_a else lora_a
-            self.column0(stream, x, weight, bias, a, lora_b, y, h, scaling)
+            self.column0(stream, x, weight, bias, lora_a, lora_b, y, h, scaling)
             return y, h, mask
         self.shrink(stream, x, lora_a, h, mask, seed, scaling)
         if self.update is None:
@@ -85,39 +85,44 @@ class Forward:
 class Backward:
     """lora_linear_bwd for one call signature."""
 
-    def __init__(self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx: bool, need_da: bool, need_db: bool):
+    def __init__(
+        self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx: bool, need_da: bool, need_db: bool
+    ):
         (M, K), (N, R) = x.shape, lora_b.shape
         problem = Problem("dx", M, K, N, R, x.dtype, dropout_p > 0)
         plan = store.choose(problem, x.device)
         self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
-        self.cast_b = lora_b.dtype != x.dtype
-        plan = fit(plan, problem, K % 8 == 0 and _regular(dy, weight), R % 8 == 0 if self.cast_b else _regular(lora_b))
+        cast_b = lora_b.dtype != x.dtype
+        plan = fit(plan, problem, K % 8 == 0 and regular(dy, weight), R % 8 == 0 if cast_b else regular(lora_b))
         self.g_shape, self.dropout_p = (M, R), dropout_p
         self.column0 = self.update = self.shrink = None
+        self.cast_a = R > _CAST_RANK and lora_a.dtype != x.dtype
+        self.cast_b = cast_b and (plan.form == "column0" or R > _CAST_RANK)
+        a = _cast(lora_a, x, self.cast_a)
         if need_dx and plan.form == "column0":
-            self.column0 = Column0(plan, dy, weight, None, lora_a, x)
+            self.column0 = Column0(plan, dy, weight, None, a, x)
         elif need_dx or need_da:
-            self.shrink = Shrink(dy, lora_b.t())
+            self.shrink = Shrink(dy, _cast(lora_b, x, self.cast_b).t())
         if need_dx and self.column0 is None:
             # With cuBLAS as the GEMM, this launch has K = 0 and writes the masked rank product alone.
             inner = dy[:, :0] if self.torch_gemm else dy
-            plan = replace(plan, form="pointer") if self.torch_gemm else plan
-            self.update = Update(plan, inner, weight, None, lora_a, x, dropout_p)
+            plan = Plan("torch", "pointer", *POINTER_TILE) if self.torch_gemm and plan.form != "pointer" else plan
+            self.update = Update(plan, inner, weight, None, a, x, dropout_p)
         self.da = TallSkinny(x, R, transposed=True, dropout_p=dropout_p) if need_da else None
         self.db = TallSkinny(dy, R, transposed=False) if need_db else None
 
     def __call__(self, stream: int, dy, x, weight, lora_a, lora_b, h, mask, scaling) -> tuple[Tensor, Tensor, Tensor]:
         dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
         g = dy.new_empty(self.g_shape)
+        a, b = _cast(lora_a, x, self.cast_a), _cast(lora_b, x, self.cast_b)
         if self.column0 is not None:
             dx = x.new_empty(x.shape)
-            b = lora_b.to(x.dtype).contiguous() if self.cast_b else lora_b
-            self.column0(stream, dy, weight, None, b, lora_a, dx, g, scaling)
+            self.column0(stream, dy, weight, None, b, a, dx, g, scaling)
         elif self.shrink is not None:
-            self.shrink(stream, dy, lora_b, g, None, None, scaling)
+            self.shrink(stream, dy, b, g, None, None, scaling)
         if self.update is not None:
             dx = x.new_empty(x.shape)
-            self.update(stream, dy, weight, None, g, lora_a, mask, dx)
+            self.update(stream, dy, weight, None, g, a, mask, dx)
             if self.torch_gemm:
                 dx.addmm_(dy, weight)
         if self.da is not None:
@@ -155,6 +160,26 @@ def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, 
 
 def _tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def _prepare_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+    """`lora_linear_fwd` for every call of this signature, without looking it up again; None where addresses or settings matter too."""
+    if x.shape[0] == 0 or not regular(x) or _alignment(x, weight, bias, lora_a, lora_b):
+        return None
+    forward = Forward(x, weight, bias, lora_a, lora_b, dropout_p)
+    return lambda x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed: on_device(x, forward, x, weight, bias, lora_a, lora_b, scaling, seed)
+
+
+def _prepare_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
+    """`lora_linear_bwd` for every call of this signature (h and mask as the forward made them)."""
+    if x.shape[0] == 0 or not regular(x, dy) or _alignment(dy, x, weight, lora_a, lora_b, h, mask):
+        return None
+    backward = Backward(dy, x, weight, lora_a, lora_b, dropout_p, need_dx, need_da, need_db)
+    return lambda dy, x, weight, a, b, h, mask, scaling, *_: on_device(x, backward, dy, x, weight, a, b, h, mask, scaling)
+
+
+lora_linear_fwd.prepare = _prepare_fwd
+lora_linear_bwd.prepare = _prepare_bwd
 
 
 def refuses(x: Tensor, *rest: object) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..reference import drop_threshold, keep_scale
 from ..tuning.plan import block_rank
 from ._jit import keep_bits, pack_bits
-from ._launch import Launcher, precision
+from ._launch import Launcher, precision, regular
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -74,18 +74,17 @@ class Shrink:
 
     def __init__(self, x: Tensor, a: Tensor, dropout_p: float = 0.0):
         (M, K), R = x.shape, a.shape[0]
-        wide = x.element_size() == 4
-        BR = block_rank(R, 32 if wide else 128)
-        # 32 rows a program give two programs per SM at M = 8192; a larger rank block needs the rows to pay for reading A.
-        BM, BK, warps, stages = (32, 128, 4, 5) if BR <= 32 else (64, 64, 8, 3)
-        if wide:
-            BM, BK, warps, stages = 16, 64, 4, 3
+        if regular(x):
+            # 32 rows a program give two programs per SM at M = 8192; a larger rank block needs the rows to pay for reading A.
+            BR = block_rank(R, 128)
+            BM, BK, warps, stages = (32, 128, 4, 5) if BR <= 32 else (64, 64, 8, 3)
+        else:  # an address per element, or fp32 without TF32: registers allow little
+            BR = block_rank(R, 32)
+            BM, BK, warps, stages = 16, 32, 4, 3
         self.scale = keep_scale(dropout_p)
         ints = (M, K, R, drop_threshold(dropout_p), *x.stride(), *a.stride())
         grid = (-(-M // BM), -(-R // BR))
-        self.launch = Launcher(
-            shrink_kernel, grid, (), ints, warps, stages, BM=BM, BK=BK, BR=BR, DROPOUT=dropout_p > 0, PRECISION=precision(x.dtype)
-        )
+        self.launch = Launcher(shrink_kernel, grid, (), ints, warps, stages, BM=BM, BK=BK, BR=BR, DROPOUT=dropout_p > 0, PRECISION=precision(x.dtype))
 
     def __call__(self, stream: int, x: Tensor, a: Tensor, h: Tensor, mask: Tensor | None, seed: Tensor | None, scale: float) -> None:
         self.launch(stream, (), (x, a, h, mask, seed), (scale * self.scale,))

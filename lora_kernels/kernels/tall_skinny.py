@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import keep_scale
 from ..tuning.plan import block_rank
 from ._jit import load_keep
-from ._launch import Launcher, precision, programs
+from ._launch import Launcher, precision, programs, regular
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -80,10 +80,13 @@ class TallSkinny:
 
     def __init__(self, x: Tensor, R: int, transposed: bool, dropout_p: float = 0.0):
         (M, P) = x.shape
-        wide = x.element_size() == 4
-        BR = block_rank(R, 32 if wide else 128)
-        # 128 x 128 with 8 warps: ptxas serialises its wgmma (C7515).
-        BP, BM, warps = (32, 32, 4) if wide else (64, 64, 8) if BR > 64 else (128, 64, 4)
+        if regular(x):
+            # BR = 128 with 8 warps, whatever BP: ptxas serialises its wgmma (C7515).
+            BR = block_rank(R, 128)
+            BP, BM, warps = (64 if BR > 64 else 128), 64, 4
+        else:  # an address per element, or fp32 without TF32: registers allow little
+            BR = block_rank(R, 32)
+            BP, BM, warps = 64, 16, 4
         columns = -(-P // BP) * -(-R // BR)
         # Two programs per SM keep the copy engines busy; never a split without rows, nor more partials than x itself weighs.
         self.splits = max(1, min(-(-2 * programs(x.device) // columns), -(-M // (4 * BM)), 16))

@@ -27,7 +27,7 @@ def unusable() -> str | None:
     """Why the native CPU kernels cannot run here, or None."""
     if _C is None:
         return f"the native module is not built ({_IMPORT_ERROR}); fix: pip install with a C++ compiler present"
-    isa()
+    plan.reset(isa())
     return None
 
 
@@ -50,7 +50,7 @@ def use_isa(name: str) -> None:
         _C.cpu_use_isa(name)
     except ValueError as error:
         raise LoraValueError(str(error)) from None
-    plan.reset()
+    plan.reset(name)
 
 
 def _row_major(t: Tensor) -> bool:

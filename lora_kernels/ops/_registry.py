@@ -1,7 +1,8 @@
 """Which implementation runs a call: backends by name, a ladder per device, one logged reason for every step down it.
 
 A provider is a module with `unusable() -> str | None` (why this machine cannot run it) and
-`OPS: dict[op name, (run, refuses)]`, where `refuses(*args)` says why it will not take this call, or None.
+`OPS: dict[op name, (run, refuses)]`, where `refuses(*args)` says why it will not take this call, or None. A run may carry
+`run.prepare(*args)`: a function for every call of the same signature (see `lora_linear._signature`) that need not look at it again.
 Providers are imported when first needed, so importing the package imports neither triton nor the native module.
 """
 
@@ -14,6 +15,7 @@ from types import ModuleType
 
 from .. import _device
 from .._errors import BackendError, message, warn_once
+from ..tuning import store
 
 PROVIDERS = {
     "cuda": "lora_kernels.native.cuda",
@@ -33,8 +35,9 @@ def provider(backend: str) -> ModuleType | str:
 
 
 def order(op: str, device_type: str, args: tuple) -> tuple[str, ...]:
-    """Backends to try for an "auto" call, best first."""
-    return LADDERS.get(device_type, ("reference",))
+    """Backends to try for an "auto" call, best first: on a GPU as the op's plan says ("never slower"), else the ladder."""
+    ladder = LADDERS.get(device_type, ("reference",))
+    return store.order(op, args, ladder) if device_type == "cuda" and op in store.PLANNED else ladder
 
 
 def why_not(op: str, backend: str, device_type: str, args: tuple) -> str | None:
@@ -52,6 +55,12 @@ def why_not(op: str, backend: str, device_type: str, args: tuple) -> str | None:
 
 def select(op: str, backend: str, strict: bool, device_type: str, args: tuple) -> Callable:
     """The function to call with `args`. Steps down the ladder, logging each reason once, or raises when strict."""
+    return decide(op, backend, strict, device_type, args)[0]
+
+
+def decide(op: str, backend: str, strict: bool, device_type: str, args: tuple) -> tuple[Callable, bool]:
+    """`select`, and whether nothing was logged on the way, so that the answer may be remembered for calls of the same signature."""
+    quiet = True
     if backend == "auto":
         backend = _device.env_backend()
     ladder = LADDERS.get(device_type, ("reference",))
@@ -59,12 +68,13 @@ def select(op: str, backend: str, strict: bool, device_type: str, args: tuple) -
     for name in wanted:
         reason = why_not(op, name, device_type, args)
         if reason is None:
-            return provider(name).OPS[op][0]
+            return provider(name).OPS[op][0], quiet
         # In auto mode a backend that this machine lacks altogether is no surprise; `lora-kernels env` tells of it.
         expected = backend == "auto" and isinstance(provider(name), str)
         if (strict or _device.env_strict()) and not expected:
             fix = "drop strict / LORA_KERNELS_STRICT to fall back, or run `lora-kernels env`"
             raise BackendError(message(f"{op}: backend {name} cannot run this call", reason, fix=fix))
         if not expected:
+            quiet = False
             warn_once(f"{op}: {name} is not used here: {reason}; falling back")
     raise AssertionError("unreachable: reference takes every call")

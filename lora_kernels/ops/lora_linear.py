@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .. import _checks
+from .. import _checks, _device
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from . import _registry
 
@@ -67,12 +70,65 @@ _fwd = torch.ops.lora_kernels.lora_linear_fwd.default
 _bwd = torch.ops.lora_kernels.lora_linear_bwd.default
 
 
+# ------------------------------------------------------------------------------------------------------------ the lean path
+
+# The dispatcher and the checks cost about 9 us a call (benchmarks/bench_host_overhead.py). Where nothing can listen to the dispatcher
+# (plain tensors, no mode, no transform), a call whose signature has been checked and decided before goes straight to its implementation.
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MAX_SIGNATURES = 4096
+_forward_runs: dict[tuple, Callable] = {}
+_backward_runs: dict[tuple, Callable] = {}
+
+
+def _direct(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether leaving out the dispatcher cannot be seen: no subclass, no dispatch mode, no functorch transform, no forward AD, no autocast."""
+    return (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(lora_a) in _PLAIN
+        and type(lora_b) in _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not _autocasts(x.device.type)
+    )
+
+
+def _signature(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *more: object) -> tuple:
+    """All that checks, plans and prepared launches depend on: shapes, strides, dtypes, devices, alignment, environment."""
+    return (
+        *(x.shape, x.stride(), x.dtype, x.device),
+        *(weight.shape, weight.stride(), weight.dtype, weight.device),
+        *(lora_a.shape, lora_a.stride(), lora_a.dtype, lora_a.device),
+        *(lora_b.shape, lora_b.stride(), lora_b.dtype, lora_b.device),
+        (x.data_ptr() | weight.data_ptr() | lora_a.data_ptr() | lora_b.data_ptr()) & 15,
+        _device.env_state(),
+        *more,
+    )
+
+
+def _remember(runs: dict, key: tuple, op: str, backend: str, strict: bool, args: tuple) -> Callable:
+    """Decide who runs this signature; kept unless a reason was logged (it must be looked at, and may be logged, again)."""
+    run, quiet = _registry.decide(op, backend, strict, args[0].device.type, args)
+    prepare = getattr(run, "prepare", None)
+    run = (prepare and prepare(*args)) or run
+    if quiet:
+        if len(runs) >= _MAX_SIGNATURES:
+            runs.clear()
+        runs[key] = run
+    return run
+
+
 class _LoraLinear(torch.autograd.Function):
     """Saves x (not copied), h [M, R] and the 1-bit keep mask."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict):
-        y, h, mask = _fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict)
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict, run):
+        if run is None:
+            y, h, mask = _fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict)
+        else:
+            y, h, mask = run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
         ctx.save_for_backward(x, weight, lora_a, lora_b, h, mask)
         ctx.constants = (scaling, dropout_p, backend, strict)
         return y
@@ -83,11 +139,15 @@ class _LoraLinear(torch.autograd.Function):
         args = (dy, *ctx.saved_tensors, *ctx.constants, need_dx, need_da, need_db)
         dx, da, db = _OnceDifferentiable.apply(*args) if torch.is_grad_enabled() else _grads(*args)
         dbias = dy.sum(0) if need_bias else None
-        return dx if need_dx else None, None, dbias, da if need_da else None, db if need_db else None, None, None, None, None, None
+        return dx if need_dx else None, None, dbias, da if need_da else None, db if need_db else None, *[None] * 6
 
 
 def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
-    return _bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db, backend, strict)
+    args = (dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
+    if type(dy) not in _PLAIN or torch.compiler.is_compiling() or not _direct(x, weight, lora_a, lora_b):
+        return _bwd(*args, backend, strict)
+    key = _signature(x, weight, lora_a, lora_b, dy.stride(), dy.data_ptr() & 15, dropout_p, need_dx, need_da, need_db, backend, strict)
+    return (_backward_runs.get(key) or _remember(_backward_runs, key, _BWD, backend, strict, args))(*args)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -162,16 +222,30 @@ def lora_linear(
     if _autocasts(device_type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
-    _checks.check_scaling("lora_linear", scaling)
-    _checks.check_dropout("lora_linear", dropout_p)
-    _checks.check_backend("lora_linear", backend)
-    if weight.requires_grad and torch.is_grad_enabled():
+    run = key = None
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.dim() else None
+    if flat is not None and not torch.compiler.is_compiling() and _direct(flat, weight, lora_a, lora_b):
+        third = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.data_ptr() & 15)
+        # type(): True == 1.0, but a bool is no scaling
+        key = _signature(flat, weight, lora_a, lora_b, third, dropout_p, type(dropout_p), training, backend, strict)
+        run = _forward_runs.get(key)
+    if run is None or type(scaling) is not float or scaling - scaling != 0:
+        _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
+        _checks.check_scaling("lora_linear", scaling)
+        _checks.check_dropout("lora_linear", dropout_p)
+        _checks.check_backend("lora_linear", backend)
+    grad = torch.is_grad_enabled()
+    if weight.requires_grad and grad:
         raise LoraValueError(
             message("lora_linear: weight requires grad, but only the adapter is trained", fix="weight.requires_grad_(False), or use F.linear")
         )
     dropout_p = float(dropout_p) if training else 0.0
     seed = draw_seed(seed, x.device) if dropout_p > 0 else None
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = _LoraLinear.apply(flat, weight, bias, lora_a, lora_b, float(scaling), dropout_p, seed, backend, strict)
+    args = (flat, weight, bias, lora_a, lora_b, float(scaling), dropout_p, seed)
+    if key is not None and run is None:
+        run = _remember(_forward_runs, key, _FWD, backend, strict, args)
+    if run is None or (grad and (flat.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad))):
+        y = _LoraLinear.apply(*args, backend, strict, run)
+    else:
+        y = run(*args)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import _launch
+from ..kernels import _launch, lora_linear
 from . import store
 
 # Shared memory one program may have, bytes (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
@@ -43,15 +44,18 @@ class Report:
 
 def record(arch: int, call: Callable[[], Any]) -> list[tuple[_launch.Launcher, list]]:
     """The launches that `call` would make on a GPU of this architecture; its tensors lie on the meta device."""
+    caches = (lora_linear._forwards, lora_linear._backwards)
     before = store.ARCH
-    store.ARCH = arch
-    store.choose.cache_clear()
     try:
+        store.ARCH = arch
+        store.choose.cache_clear()
         with _launch.recording() as launches:
             call()
     finally:
         store.ARCH = before
         store.choose.cache_clear()
+        for cache in caches:  # what was prepared while recording holds meta tensors and a foreign architecture
+            cache.clear()
     return launches
 
 
@@ -103,3 +107,79 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
         opcodes=dict(opcodes),
         warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)))),
     )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of the op, forward and backward, as the offline gate and the report compile it."""
+
+    arch: int
+    R: int
+    p: float = 0.0
+    N: int = 4096
+    K: int = 4096
+    M: int = 8192
+    dtype: torch.dtype = torch.bfloat16
+    adapters: torch.dtype | None = None
+    strided: bool = False
+
+    def __str__(self) -> str:
+        more = f"-{self.adapters}_adapters".replace("torch.", "") if self.adapters else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"sm_{self.arch}-{dtype}-M{self.M}-N{self.N}-K{self.K}-R{self.R}-p{self.p}{more}" + "-strided" * self.strided
+
+    def call(self) -> None:
+        adapters = self.adapters or self.dtype
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            if self.strided:
+                return torch.empty_strided(shape, (2 * shape[1], 2), dtype=dtype, device="meta")
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x, weight = empty(self.M, self.K), empty(self.N, self.K)
+        bias = torch.empty(self.N, dtype=self.dtype, device="meta")
+        lora_a, lora_b = empty(self.R, self.K, dtype=adapters), empty(self.N, self.R, dtype=adapters)
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if self.p else None
+        _, h, mask = lora_linear.lora_linear_fwd(x, weight, bias, lora_a, lora_b, 0.5, self.p, seed)
+        args = (empty(self.M, self.N), x, weight, lora_a, lora_b, h, mask, 0.5, self.p, True, True, True)
+        lora_linear.lora_linear_bwd(*args)
+
+
+ARCHS = (80, 90, 100)
+_ODD = dict(N=4097, K=4095)
+
+
+def gate(arch: int) -> list[Layer]:
+    """Layers that together reach every kernel, form and block size the heuristic can choose on this architecture."""
+    common = [Layer(arch, R, p) for R in (16, 32, 64, 128) for p in (0.0, 0.05)]
+    return common + [
+        Layer(arch, 64, 0.0, dtype=torch.float16, adapters=torch.float32),
+        Layer(arch, 256, 0.05, dtype=torch.float16, adapters=torch.float32),
+        Layer(arch, 20, 0.0, M=48, N=96),  # little M, narrow N: the small TMA tile
+        Layer(arch, 20, 0.05, M=48, N=96),  # cuBLAS for the GEMM, kernels for the mask
+        Layer(arch, 9, 0.05, **_ODD, adapters=torch.float32),
+        Layer(arch, 64, 0.0, **_ODD),
+        Layer(arch, 16, 0.0, strided=True),
+        Layer(arch, 16, 0.05, dtype=torch.float32),
+        Layer(arch, 64, 0.05, **_ODD, dtype=torch.float32),
+    ]
+
+
+@functools.cache
+def _cached(key: tuple, arch: int) -> Report:
+    launcher, args = _pending[key]
+    return compile_launch(launcher, args, arch)
+
+
+_pending: dict[tuple, tuple] = {}
+
+
+def reports(layer: Layer) -> list[Report]:
+    """One report per distinct kernel of the layer's forward and backward."""
+    found = {}
+    for launcher, args in record(layer.arch, layer.call):
+        source = _source(launcher, args)
+        key = (launcher.fn.__name__, str(source.signature), str(source.constants), str(source.attrs), str(launcher.warps_stages))
+        _pending[key] = (launcher, args)
+        found[key] = _cached(key, layer.arch)
+    return list(found.values())

@@ -17,7 +17,7 @@ BYTES = 4.3e12
 # BM, BN, BK, warps, stages of the pointer kernel. Both keep to the 99 KB of shared memory of sm_86, sm_89 and sm_120; operands whose rows
 # cannot be read 16 bytes at a time (and fp32) need an address per element, and spill with the larger one.
 POINTER_TILE = (128, 128, 32, 8, 4)
-ODD_TILE = (64, 64, 32, 4, 3)
+ODD_TILE = (64, 64, 32, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,23 @@ def block_rank(R: int, most: int) -> int:
 def heuristic(problem: Problem, arch: int) -> Plan:
     """The plan when no table has measured one. `arch` is the compute capability as an integer, 90 for sm_90."""
     if problem.dtype == torch.float32 or not tma_arch(arch):
-        return Plan(_implementation(problem), "pointer", *POINTER_TILE)
+        return Plan(_implementation(problem, arch), "pointer", *POINTER_TILE)
     form = "column0" if problem.R <= 64 and not problem.dropout else "tma"
     tile = (128, 256, 64, 8, 3) if problem.M > 64 and problem.N > 128 else (128, 128, 64, 8, 4)
-    return Plan(_implementation(problem), form, *tile)
+    return Plan(_implementation(problem, arch), form, *tile)
 
 
-def _implementation(problem: Problem) -> str:
-    """"triton" where the base GEMM is long enough for a good Triton GEMM to reach cuBLAS, else "torch".
+def _implementation(problem: Problem, arch: int) -> str:
+    """A fused kernel where the base GEMM is long enough for a good Triton GEMM to reach cuBLAS, else "torch".
 
     Published figures put such GEMMs at 94 to 102 % of cuBLAS for K >= 2048 with a full machine (research in docs/measured.md); the
     in-place addmm_ costs 2 M N elements of traffic and the separate shrink M K, about 14 % at 8192 x 4096 x 4096. Below, not worth it.
     """
     if problem.dtype == torch.float32:
         return "torch"  # without TF32, tl.dot is plain FMA
-    return "triton" if problem.M >= 1024 and problem.K >= 2048 and problem.N >= 1024 else "torch"
+    if problem.M < 1024 or problem.K < 2048 or problem.N < 1024:
+        return "torch"
+    return "cuda" if arch == 90 else "triton"  # the hand-written kernel where there is one; Triton takes what it refuses
 
 
 def fit(plan: Plan, problem: Problem, regular: bool, rank_regular: bool) -> Plan:

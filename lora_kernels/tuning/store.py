@@ -79,7 +79,7 @@ def look_up(table: Table, problem: Problem) -> Plan | None:
     rows = table.get(_key(problem))
     if not rows:
         return None
-    return min(rows, key=lambda row: (abs(math.log(row[0] / problem.M)), row[0]))[1]
+    return min(rows, key=lambda row: (abs(math.log(row[0] / max(problem.M, 1))), row[0]))[1]
 
 
 @functools.lru_cache(maxsize=8192)
@@ -97,3 +97,31 @@ def choose(problem: Problem, device: torch.device) -> Plan:
 
 
 ARCH = 90  # of a device that is not there (interpreter, offline compiles)
+
+
+# Ops whose backend a plan chooses; arguments as in `reference`.
+PLANNED = ("lora_linear_fwd", "lora_linear_bwd")
+
+
+def problem_of(op: str, args: tuple) -> tuple[Problem, torch.device]:
+    """The planning problem of a call of one of the PLANNED ops, and its device."""
+    if op == "lora_linear_fwd":
+        x, weight, _, lora_a, _, _, dropout_p, _ = args
+        (M, K), N = x.shape, weight.shape[0]
+        return Problem("fwd", M, N, K, lora_a.shape[0], x.dtype, dropout_p > 0), x.device
+    dy, x, _, lora_a = args[:4]
+    (M, K), N = x.shape, dy.shape[1]
+    return Problem("dx", M, K, N, lora_a.shape[0], x.dtype, args[8] > 0), x.device
+
+
+def order(op: str, args: tuple, ladder: tuple[str, ...]) -> tuple[str, ...]:
+    """The ladder with the planned implementation first.
+
+    A "torch" plan is the reference (cuBLAS + in-place addmm_), except with dropout: the mask is the kernels' to make and to apply, and
+    the Triton launchers then call cuBLAS for the base GEMM themselves.
+    """
+    problem, device = problem_of(op, args)
+    first = choose(problem, device).implementation
+    if first == "torch":
+        first = "triton" if problem.dropout and problem.dtype in (torch.bfloat16, torch.float16) else "reference"
+    return (first, *(name for name in ladder if name != first))

@@ -1,0 +1,150 @@
+"""What ptxas made of every CUDA kernel: registers, spills, warnings, opcodes. Needs nvcc and cuobjdump, no GPU.
+
+Usage: python csrc/cuda/cuda_report.py          prints the table of docs/measured.md
+tests/test_cuda_build.py holds the kernels to these figures.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import native_build_cuda  # noqa: E402
+
+OPCODES = ("HGMMA", "UTMALDG", "UTMASTG", "STSM", "HMMA", "FFMA", "LDL", "STL", "USETMAXREG")
+
+
+@dataclass
+class Kernel:
+    name: str
+    registers: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    highest_register: int = 0
+    membar_gpu_between_hgmma: int = 0
+    warnings: list[str] = field(default_factory=list)
+    sass: collections.Counter = field(default_factory=collections.Counter)
+
+    @property
+    def family(self) -> str:
+        return self.name.split("<")[0]
+
+
+def readable(mangled: str) -> str:
+    """The name that `_C.cuda_kernels()` gives this kernel."""
+    element = "bf16" if "nv_bfloat16" in mangled else "fp16"
+    numbers = re.findall(r"L[ib](\d+)E", mangled)
+    side = "dx" if numbers[0 if "shrink" in mangled else 1] == "1" else "forward"
+    if "shrink" in mangled:
+        return f"shrink<{element}, {side}, R<={numbers[1]}>"
+    block_n, _, rank, masked = numbers[:4]
+    form = f", column-0 R<={rank}" if rank != "0" else ", masked" if masked == "1" else ""
+    return f"linear<{element}, 128x{block_n}, {side}{form}>"
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or the one that comes with Triton."""
+    if found := shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump"):
+        return found
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def read_log(log: str) -> dict[str, Kernel]:
+    """ptxas -v: resources and warnings by mangled name."""
+    found: dict[str, Kernel] = {}
+    current = None
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            current = found.setdefault(match[1], Kernel(readable(match[1])))
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            current.stack, current.spill_stores, current.spill_loads = map(int, match.groups())
+        elif match := re.search(r"Used (\d+) registers", line):
+            current.registers = int(match[1])
+        elif match := re.search(r"\((C7\d+)\).*?'(\w+)'", line):
+            found.setdefault(match[2], Kernel(readable(match[2]))).warnings.append(match[1])
+    return found
+
+
+def read_sass(text: str, kernels: dict[str, Kernel]) -> None:
+    current, since_hgmma, seen = None, 0, False
+    for line in text.splitlines():
+        if match := re.search(r"Function : (\w+)", line):
+            current, since_hgmma, seen = kernels[match[1]], 0, False
+        elif match := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_]*)(\S*)\s*(.*?);", line):
+            opcode, suffix, operands = match.groups()
+            if opcode in OPCODES:
+                current.sass[opcode] += 1
+            if opcode == "MEMBAR" and ".GPU" in suffix:
+                since_hgmma += 1
+            if opcode in ("BRA", "WARPSYNC", "BAR"):  # the straight line from one wgmma to the next has ended
+                seen, since_hgmma = False, 0
+            if opcode == "HGMMA":
+                current.membar_gpu_between_hgmma += since_hgmma if seen else 0
+                seen, since_hgmma = True, 0
+            registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
+            current.highest_register = max([current.highest_register, *registers])
+
+
+def compile_one(source: Path, folder: Path) -> dict[str, Kernel]:
+    compiler = native_build_cuda.nvcc()
+    cubin = folder / f"{source.stem}.cubin"
+    run = subprocess.run([*native_build_cuda.command(compiler), "-cubin", str(source), "-o", str(cubin)], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{source.name}: {run.stdout}{run.stderr}")
+    kernels = read_log(run.stdout + run.stderr)
+    if kernels:
+        read_sass(subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout, kernels)
+    cubin.unlink()
+    return kernels
+
+
+def compiled(cache: Path) -> list[Kernel]:
+    """All kernels, compiled once for this text of csrc/cuda and this nvcc; processes that come meanwhile wait for the first."""
+    digest = hashlib.sha256(str(native_build_cuda.version(native_build_cuda.nvcc())).encode())
+    for path in sorted(HERE.glob("*.*")):
+        if path.suffix in (".cu", ".cuh", ".h", ".py"):
+            digest.update(path.name.encode() + path.read_bytes())
+    cache.mkdir(parents=True, exist_ok=True)
+    result = cache / f"{digest.hexdigest()[:16]}.pickle"
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            sources = [s for s in native_build_cuda.sources() if s.suffix == ".cu"]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                parts = list(pool.map(lambda s: compile_one(s, cache), sources))
+            result.write_bytes(pickle.dumps([vars(k) for part in parts for k in part.values()]))
+    return [Kernel(**k) for k in pickle.loads(result.read_bytes())]
+
+
+def table(kernels: list[Kernel], shared: dict[str, int]) -> str:
+    rows = ["| kernel | registers (highest used) | spills | shared memory | HGMMA | UTMALDG | UTMASTG |", "|---|---|---|---|---|---|---|"]
+    for k in sorted(kernels, key=lambda k: k.name):
+        memory = shared.get(k.name, "")
+        counts = " | ".join(str(k.sass[op]) for op in ("HGMMA", "UTMALDG", "UTMASTG"))
+        rows.append(f"| {k.name} | {k.registers} ({k.highest_register}) | {k.spill_stores + k.spill_loads} | {memory} | {counts} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    try:
+        from lora_kernels import _C
+
+        sizes = _C.cuda_kernels()
+    except (ImportError, AttributeError):
+        sizes = {}
+    print(table(compiled(HERE.parent.parent / "build" / "cuda_gate"), sizes))

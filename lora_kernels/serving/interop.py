@@ -1,0 +1,145 @@
+"""Metadata and weight pools of other servers, taken as they are: vLLM, SGLang, Punica. No weight is copied, nothing waits for the device.
+
+Each function returns what the ops take. Layouts were read in vLLM 0.33.0 (`vllm/lora/ops/triton_ops`), SGLang 0.5.23
+(`sglang/srt/lora/utils.py`) and Punica 591b598 (`src/punica/ops`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._errors import LoraTypeError, LoraValueError, message
+from ..ops.batch_meta import BatchMeta
+
+
+class Foreign(NamedTuple):
+    """Keyword-ready parts of a call: meta, true ranks int32 `[L]` and scalings float32 `[L]` (None where the form has none)."""
+
+    meta: BatchMeta
+    ranks: Tensor | None
+    scalings: Tensor | None
+
+
+# ----------------------------------------------------------------------------------------------------------------- vLLM
+
+
+def from_vllm(meta_args: Sequence[Tensor], num_adapters: int, batch_invariant: bool | None = None) -> Foreign:
+    """vLLM's `LoRAKernelMeta.meta_args(token_nums, ...)`: seven tensors, of which the first, token_lora_mapping int32 `[M]` (-1 = none),
+    says everything; the others are its sort, which is made again in this package's layout.
+
+    Its slabs `[L, 1, R, K]` and `[L, 1, N, R]` go to the ops as they are. Scaling is folded into B by vLLM, ranks are padded with zeros:
+    both come back as None.
+    """
+    if len(meta_args) != 7 or not isinstance(meta_args[0], Tensor):
+        allowed = "the 7 tensors of LoRAKernelMeta.meta_args, token_lora_mapping first"
+        raise LoraValueError(message("from_vllm: not vLLM's metadata", f"{len(meta_args)} values", allowed))
+    return Foreign(BatchMeta(meta_args[0], num_adapters, batch_invariant), None, None)
+
+
+# --------------------------------------------------------------------------------------------------------------- SGLang
+
+
+def segment_ids(indptr: Tensor, slots: Tensor, num_tokens: int, permutation: Tensor | None = None) -> Tensor:
+    """int32 `[num_tokens]` from contiguous segments: rows indptr[i] ... indptr[i + 1] use slots[i]; rows past the last segment use none.
+
+    `permutation` int `[num_tokens]`: segment position j stands for row permutation[j].
+    """
+    position = torch.arange(num_tokens, device=indptr.device, dtype=indptr.dtype)
+    segment = torch.searchsorted(indptr[1:].contiguous(), position, right=True)
+    padded = torch.cat([slots.to(torch.int32), slots.new_full((1,), -1, dtype=torch.int32)])
+    ids = padded[segment]
+    return ids if permutation is None else torch.empty_like(ids).scatter_(0, permutation.to(torch.int64), ids)
+
+
+def from_sglang(batch_info: Any, num_tokens: int | None = None, batch_invariant: bool | None = None) -> Foreign:
+    """SGLang's `LoRABatchInfo`: segments (`seg_indptr`, `weight_indices`), a `permutation` of the rows, `lora_ranks`, `scalings`.
+
+    Requests without an adapter are a slot of rank 0 there, and so here. num_tokens: rows of x; when None, the permutation's length or
+    `expected_tokens`. Weights go to the ops as they lie: the stacked A `[L, S r, K]`, whose slices follow each other at the true rank, as
+    `pool_a=[A] * S, rank_packed=True`, and B `[L, N, r]` as `pool_b=sglang_slices(B, widths)`.
+    """
+    permutation = batch_info.permutation
+    if num_tokens is None:
+        num_tokens = batch_info.expected_tokens if permutation is None else permutation.shape[0]
+    if num_tokens is None:
+        got = "neither permutation nor expected_tokens"
+        raise LoraValueError(message("from_sglang: the number of rows is not known", got, fix="num_tokens=x.shape[0]"))
+    count = batch_info.num_segments
+    ids = segment_ids(batch_info.seg_indptr[: count + 1], batch_info.weight_indices[:count], num_tokens, permutation)
+    ranks, scalings = batch_info.lora_ranks.to(torch.int32), batch_info.scalings.to(torch.float32)
+    return Foreign(BatchMeta(ids, ranks.shape[0], batch_invariant), ranks, scalings)
+
+
+def sglang_slices(pool_b: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Views of B `[L, sum N_i, r]`, one per output slice."""
+    return list(pool_b.split(list(widths), 1))
+
+
+# --------------------------------------------------------------------------------------------------------------- Punica
+
+
+class _Memory:
+    """A range of device memory in the form that `torch.as_tensor` takes without a copy."""
+
+    def __init__(self, address: int, nbytes: int, owner: object):
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None}
+        self.owner = owner
+
+
+def _bytes_at(address: int, nbytes: int, device: torch.device, owner: object) -> Tensor:
+    if device.type == "cuda":
+        return torch.as_tensor(_Memory(address, nbytes, owner), device=device)
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    memory.owner = owner
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class Pointers(NamedTuple):
+    """`pool`: a view `[slots, rows, columns]` over the memory the pointers name; `slots` int32 `[segments]`: the slot of each pointer."""
+
+    pool: Tensor
+    slots: Tensor
+
+
+def pool_of_pointers(
+    pointers: Tensor, rows: int, columns: int, dtype: torch.dtype, layer: int = 0, owner: object = None, most: int = 65536
+) -> Pointers:
+    """Punica's weight pointers (int64 `[segments]`, each to `[layers, rows, columns]`) as one pool, without copying a weight.
+
+    The matrices must lie at multiples of one pitch in one allocation, as adapters loaded into one pool do; an adapter's slot is its place
+    in that allocation, and places that no pointer names are never read. Reads the pointers, and so waits for the device: call it when
+    adapters are loaded, not in every forward. `owner` is kept alive with the pool (the tensor the pointers point into).
+    Where Punica keeps the transpose (`[H1, R]` for A in sgmv_cutlass), give rows and columns as stored and use `pool.transpose(1, 2)`.
+
+    Raises:
+        LoraValueError: pointers without a common pitch of at least one matrix.
+    """
+    if pointers.dtype != torch.int64 or pointers.numel() == 0:
+        raise LoraTypeError(message("pool_of_pointers: these are no pointers", f"{pointers.dtype} {list(pointers.shape)}", "int64 [segments >= 1]"))
+    addresses = pointers.tolist()
+    size = torch.empty((), dtype=dtype).element_size()
+    first, matrix = min(addresses), rows * columns * size
+    pitch = math.gcd(*(address - first for address in addresses)) or matrix
+    slots = [(address - first) // pitch for address in addresses]
+    if pitch < matrix or pitch % size or max(slots) >= most:
+        fix = "allocate the adapters in one [adapters, layers, rows, columns] tensor and use its slice for the layer as the pool"
+        got = f"pitch {pitch} bytes for matrices of {matrix}, {max(slots) + 1} places"
+        raise LoraValueError(message("pool_of_pointers: the matrices lie at no common pitch", got, f"pitch >= {matrix}, at most {most} places", fix))
+    raw = _bytes_at(first + layer * matrix, max(slots) * pitch + matrix, pointers.device, owner).view(dtype)
+    pool = raw.as_strided((max(slots) + 1, rows, columns), (pitch // size, columns, 1))
+    return Pointers(pool, torch.tensor(slots, dtype=torch.int32, device=pointers.device))
+
+
+def from_punica(indptr: Tensor, slots: Tensor, num_tokens: int, num_adapters: int, batch_invariant: bool | None = None) -> Foreign:
+    """Punica's SGMV segments: `s` int32 `[segments + 1]` and the slot of each segment (from `pool_of_pointers`).
+
+    Punica folds the scaling into B and takes one rank per call: ranks and scalings come back as None. Its BGMV form needs no function:
+    the indices are token_lora_mapping, and `w_T_all[:, layer]` is the pool.
+    """
+    return Foreign(BatchMeta(segment_ids(indptr, slots, num_tokens), num_adapters, batch_invariant), None, None)

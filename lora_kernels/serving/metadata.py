@@ -1,0 +1,23 @@
+"""`BatchMeta` (see `ops/batch_meta.py`) and the mapping of whole sequences to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .._errors import LoraValueError, message
+from ..ops.batch_meta import BatchMeta
+
+__all__ = ["BatchMeta", "ids_of_sequences"]
+
+
+def ids_of_sequences(slots: Sequence[int | None], lengths: Sequence[int] | int, device: torch.device | str | None = None) -> torch.Tensor:
+    """int32 `[sum of lengths]`: the slot of each sequence (None = no adapter) repeated over its rows. One copy to the device, not awaited."""
+    lengths = [lengths] * len(slots) if isinstance(lengths, int) else list(lengths)
+    if len(lengths) != len(slots) or any(n < 0 for n in lengths):
+        allowed = f"{len(slots)}, one per sequence, none negative"
+        raise LoraValueError(message("ids_of_sequences: lengths do not fit", lengths, allowed))
+    values = torch.tensor([-1 if s is None else s for s in slots], dtype=torch.int32)
+    ids = values.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    return ids if device is None else ids.to(device, non_blocking=True)

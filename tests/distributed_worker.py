@@ -1,0 +1,103 @@
+"""What two gloo ranks check; `test_distributed.py` starts them and reads one JSON line from rank 0.
+
+Run as: python distributed_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from peft.tuners.lora.layer import Linear
+from peft_models import adapted, loss
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import lora_kernels as lk
+from lora_kernels.integrations import peft_layer
+from lora_kernels.integrations.distributed import register_sharding_rules
+
+WHOLE, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
+LAYOUTS = {  # x, weight, bias, lora_a, lora_b
+    "replicate": (WHOLE, WHOLE, WHOLE, WHOLE, WHOLE),
+    "column": (WHOLE, ROWS, ROWS, WHOLE, ROWS),
+    "row": (COLUMNS, COLUMNS, WHOLE, COLUMNS, WHOLE),
+    "token": (ROWS, WHOLE, WHOLE, WHOLE, WHOLE),
+    "odd one": (ROWS, COLUMNS, ROWS, ROWS, COLUMNS),
+}
+
+
+def gap(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return (got - expected).abs().max().item()
+
+
+def fsdp(units: str) -> dict:
+    """Loss and gradients of a patched model under FSDP2, as distances from the unsharded, unpatched model; and who ran the layers."""
+    plain, model = adapted("llama", False, lora_bias=True), adapted("llama", False, lora_bias=True)
+    expected = loss(plain, "llama")
+    expected.backward()
+    grads = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    lk.patch(model)
+    if units == "adapters":
+        for layer in (m for m in model.modules() if isinstance(m, Linear)):
+            fully_shard(layer.lora_A["default"]), fully_shard(layer.lora_B["default"])
+    if units == "LoRA layers":
+        for layer in [m for m in model.modules() if isinstance(m, Linear)]:
+            fully_shard(layer)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    calls = {"fused": 0, "peft": 0}
+    op, tell = peft_layer.lora_linear, peft_layer._left_to_peft
+    peft_layer.lora_linear = lambda *a: (calls.update(fused=calls["fused"] + 1), op(*a))[1]
+    peft_layer._left_to_peft = lambda *a: (calls.update(peft=calls["peft"] + 1), tell(*a))[1]
+    try:
+        for _ in range(2):
+            model.zero_grad()
+            value = loss(model, "llama")
+            value.backward()
+    finally:
+        peft_layer.lora_linear, peft_layer._left_to_peft = op, tell
+    gaps = {n: gap(p.grad.full_tensor(), grads[n]) for n, p in model.named_parameters() if p.grad is not None}
+    return calls | {"same_names": sorted(gaps) == sorted(grads), "gap": max(gap(value.detach(), expected.detach()), *gaps.values())}
+
+
+def sharded_op(layout: str, bias: bool, dropout_p: float) -> dict:
+    """The op on DTensors against the op on the full tensors: output and gradients."""
+    mesh, g = init_device_mesh("cpu", (dist.get_world_size(),)), torch.Generator().manual_seed(0)
+    full = [torch.randn(*shape, generator=g) for shape in ((6, 10), (8, 10), (8,), (4, 10), (8, 4))]
+    dy, seed = torch.randn(6, 8, generator=g), torch.tensor([77])
+    results = []
+    for split in (False, True):
+        place = (lambda t, p: distribute_tensor(t, mesh, [p])) if split else (lambda t, p: t.clone())
+        x, w, b, la, lb = (place(t, p).detach() for t, p in zip(full, LAYOUTS[layout], strict=True))
+        wanted = [t.requires_grad_() for t in (x, la, lb)]
+        given_seed = place(seed, WHOLE) if dropout_p else None
+        y = lk.lora_linear(x, w, b if bias else None, la, lb, 0.7, dropout_p, seed=given_seed)
+        y.backward(place(dy, WHOLE))
+        results.append([t.detach().full_tensor() if split else t.detach() for t in (y, *(t.grad for t in wanted))])
+        placement = str(y.placements[0]) if split else ""
+    return {"gap": max(gap(*pair) for pair in zip(*results, strict=True)), "y": placement}
+
+
+def main(rank: int, world_size: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    found = {f"fsdp {units}": fsdp(units) for units in ("decoder layers", "LoRA layers", "adapters")}
+    register_sharding_rules()
+    register_sharding_rules()
+    for layout in LAYOUTS:
+        for bias in (True, False):
+            for dropout_p in (0.0, 0.4):
+                found[f"op {layout} bias={bias} dropout={dropout_p}"] = sharded_op(layout, bias, dropout_p)
+    if rank == 0:
+        print(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

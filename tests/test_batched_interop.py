@@ -1,0 +1,101 @@
+"""Other servers' metadata and pools give the same y as plain ids, and no weight is copied."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from batched_cases import Batch
+
+from lora_kernels._errors import LoraTypeError, LoraValueError
+from lora_kernels.ops.lora_batched import lora_batched_linear
+from lora_kernels.serving import interop
+from lora_kernels.serving.metadata import ids_of_sequences
+
+MIXED = [0, 0, 3, -1, 2, 2, 2, -1, 1, 3, 3, 0]
+
+
+def plain(b: Batch, ranks=None, scalings=None):
+    return lora_batched_linear(b.x, b.weights[0], b.biases[0], b.pools_a[0], b.pools_b[0], b.ids, ranks, scalings)
+
+
+def test_vllm_tuple_and_slabs():
+    b = Batch.random(ids=MIXED, Ns=[20], K=36, R=4, L=4)
+    other = torch.empty(0, dtype=torch.int32)
+    meta, ranks, scalings = interop.from_vllm((b.ids, other, other, other, other, torch.zeros(1, dtype=torch.bool), other), 4)
+    slab_a, slab_b = b.pools_a[0].unsqueeze(1), b.pools_b[0].unsqueeze(1)
+    y = lora_batched_linear(b.x, b.weights[0], b.biases[0], slab_a, slab_b, meta, ranks, scalings)
+    assert torch.equal(y, plain(b))
+    with pytest.raises(LoraValueError, match="not vLLM's metadata"):
+        interop.from_vllm((b.ids, other), 4)
+
+
+def sglang_info(ids, ranks, scalings, base_slot):
+    """LoRABatchInfo of rows sorted by adapter in chunks of two, as csgmv does; base rows use a slot of rank 0; buffers longer than used."""
+    slots = [base_slot if i < 0 else i for i in ids]
+    order = sorted(range(len(ids)), key=lambda m: slots[m])
+    starts = [j for j in range(len(order)) if j == 0 or slots[order[j]] != slots[order[j - 1]] or j % 2 == 0]
+    pad = [0, 0]
+    return SimpleNamespace(
+        num_segments=len(starts),
+        seg_indptr=torch.tensor([*starts, len(order), *pad], dtype=torch.int32),
+        weight_indices=torch.tensor([*[slots[order[j]] for j in starts], *pad], dtype=torch.int32),
+        lora_ranks=torch.tensor(ranks, dtype=torch.int32),
+        scalings=torch.tensor(scalings),
+        permutation=torch.tensor(order, dtype=torch.int32),
+    )
+
+
+def test_sglang_segments_permutation_and_packed_slices():
+    ranks, scalings = [8, 3, 5, 1, 0], [0.5, 2.0, 1.0, 0.25, 1.0]
+    b = Batch.random(ids=MIXED, Ns=[20, 12], K=36, R=8, L=5, ranks=ranks)
+    stacked_a = torch.full((5, 16, 36), float("nan"))
+    for slot, r in enumerate(ranks):
+        for i in range(2):
+            stacked_a[slot, i * r : (i + 1) * r] = b.pools_a[i][slot, :r]
+    stacked_b = torch.cat(b.pools_b, 1)
+    meta, ranks_t, scalings_t = interop.from_sglang(sglang_info(MIXED, ranks, scalings, base_slot=4))
+    weight, bias = torch.cat(b.weights), torch.cat(b.biases)
+    pools_b = interop.sglang_slices(stacked_b, [20, 12])
+    assert pools_b[1].untyped_storage().data_ptr() == stacked_b.untyped_storage().data_ptr()
+    y = lora_batched_linear(b.x, weight, bias, [stacked_a] * 2, pools_b, meta, ranks_t, scalings_t, rank_packed=True)
+    expected = lora_batched_linear(b.x, weight, bias, b.pools_a, b.pools_b, b.ids, b.ranks, torch.tensor(scalings))
+    assert torch.equal(y, expected)
+
+
+def test_sglang_without_permutation_needs_the_number_of_rows():
+    info = sglang_info([0, 0, 1], [2, 2], [1.0, 1.0], base_slot=1)
+    info.permutation = info.expected_tokens = None
+    assert interop.from_sglang(info, num_tokens=4).meta.ids.tolist() == [0, 0, 1, -1]
+    with pytest.raises(LoraValueError, match="number of rows is not known"):
+        interop.from_sglang(info)
+
+
+def test_punica_pointers_are_not_copied():
+    b = Batch.random(ids=[2, 2, 0, 0, 0, 1], Ns=[20], K=36, R=4, L=3)
+    layers_a, layers_b = torch.randn(3, 2, 4, 36), torch.randn(3, 2, 4, 20)  # [adapters, layers, ...]; B stored as [R, H2]
+    layers_a[:, 1], layers_b[:, 1] = b.pools_a[0], b.pools_b[0].transpose(1, 2)
+    slots = [2, 0, 1]
+    address = lambda t: torch.tensor([t[s].data_ptr() for s in slots])
+    a = interop.pool_of_pointers(address(layers_a), 4, 36, torch.float32, layer=1, owner=layers_a)
+    bt = interop.pool_of_pointers(address(layers_b), 4, 20, torch.float32, layer=1, owner=layers_b)
+    assert a.slots.tolist() == bt.slots.tolist() == slots
+    assert a.pool.data_ptr() == layers_a[0, 1].data_ptr()
+    meta, ranks, scalings = interop.from_punica(torch.tensor([0, 2, 5, 6], dtype=torch.int32), a.slots, 6, a.pool.shape[0])
+    y = lora_batched_linear(b.x, b.weights[0], b.biases[0], a.pool, bt.pool.transpose(1, 2), meta, ranks, scalings)
+    assert torch.allclose(y, plain(b), rtol=1e-5, atol=1e-5)
+
+
+def test_punica_pointers_without_a_pitch():
+    with pytest.raises(LoraValueError, match="no common pitch"):
+        interop.pool_of_pointers(torch.tensor([4096, 4096 + 48, 9000]), 4, 36, torch.float32)
+    with pytest.raises(LoraTypeError, match="no pointers"):
+        interop.pool_of_pointers(torch.tensor([1], dtype=torch.int32), 4, 36, torch.float32)
+
+
+def test_ids_of_sequences():
+    assert ids_of_sequences([3, None, 0], [2, 1, 3]).tolist() == [3, 3, -1, 0, 0, 0]
+    assert ids_of_sequences([1, None], 2).tolist() == [1, 1, -1, -1]
+    with pytest.raises(LoraValueError, match="lengths do not fit"):
+        ids_of_sequences([1], [2, 3])

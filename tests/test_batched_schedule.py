@@ -1,0 +1,152 @@
+"""A plain-Python model of the decode kernel's counters (kernels/batched_decode.py), run under hostile schedules.
+
+Each program is a generator that stops after every access to shared memory; a scheduler picks who goes on, with as few programs resident as it
+likes. Memory is sequentially consistent here: what the model shows is counting, waiting and resetting; the ordering of plain loads and stores
+is argued in the kernel's file.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+TICKET, GROUPS, EXITS, COUNTERS = range(4)
+WAIT = object()
+
+
+class Stuck(AssertionError):
+    """Every resident program waits and nobody can go on."""
+
+
+@dataclass
+class Launch:
+    """One launch: `tiles` column tiles x `split` programs, `blocks` token blocks, `groups` of h with `parts` units each."""
+
+    sync: list[int]
+    tiles: int
+    split: int
+    blocks: int
+    groups: int
+    parts: int
+    max_groups: int
+    wait_first: bool = False  # the fault a single resident program must expose
+    early_reset: bool = False  # the fault a second launch must expose
+    done: Counter = field(default_factory=Counter)
+    part_of: Counter = field(default_factory=Counter)
+    published: set = field(default_factory=set)
+    base: set = field(default_factory=set)
+    lora: Counter = field(default_factory=Counter)
+    stored: Counter = field(default_factory=Counter)
+
+    def add(self, at: int, n: int) -> int:
+        before = self.sync[at]
+        self.sync[at] += n
+        return before
+
+    def wait(self):
+        while self.sync[GROUPS] < self.groups * self.parts:
+            yield WAIT
+
+    def program(self, pn: int, ps: int):
+        units = self.groups * self.parts
+        if self.wait_first:
+            yield from self.wait()
+        u = self.add(TICKET, 1)
+        yield
+        while u < units:
+            group = u // self.parts
+            self.done[u] += 1
+            self.part_of[group] += 1
+            yield
+            arrived = self.add(COUNTERS + group, 1)
+            yield
+            if arrived == self.parts - 1:
+                assert self.part_of[group] == self.parts, "summed before all parts were stored"
+                self.published.add(group)
+                yield
+                self.sync[COUNTERS + group] = 0
+                yield
+            self.add(GROUPS, 1)
+            yield
+            u = self.add(TICKET, 1)
+            yield
+        self.base.add((pn, ps))
+        yield
+        if ps < self.blocks:
+            yield from self.wait()
+            for block in range(ps, self.blocks, self.split):
+                assert len(self.published) == self.groups, "h read before it was published"
+                self.lora[pn, block] += 1
+                yield
+        arrived = self.add(COUNTERS + self.max_groups + pn, 1)
+        yield
+        if arrived == self.split - 1:
+            assert all((pn, s) in self.base for s in range(self.split)), "y summed before all parts were stored"
+            assert all(self.lora[pn, b] == 1 for b in range(self.blocks)), "y summed before the low-rank terms were stored"
+            self.stored[pn] += 1
+            self.sync[COUNTERS + self.max_groups + pn] = 0
+            yield
+        left = self.add(EXITS, 1)
+        yield
+        if left == (0 if self.early_reset else self.tiles * self.split - 1):
+            for at in (TICKET, GROUPS, EXITS):
+                self.sync[at] = 0
+                yield
+
+    def run(self, resident: int, rng: random.Random) -> None:
+        """Programs start in launch order, at most `resident` at a time, and are stepped in an arbitrary order."""
+        waiting = [(pn, ps) for ps in range(self.split) for pn in range(self.tiles)]
+        running: list = []
+        idle = 0
+        while waiting or running:
+            while waiting and len(running) < resident:
+                running.append(self.program(*waiting.pop(0)))
+            program = rng.choice(running) if rng.random() < 0.7 else running[-1]
+            try:
+                idle = idle + 1 if next(program) is WAIT else 0
+            except StopIteration:
+                running.remove(program)
+                idle = 0
+            if idle > 60 * len(running):  # each has been asked many times over
+                raise Stuck(f"{len(running)} programs wait, {len(waiting)} have not started")
+        assert all(self.done[u] == 1 for u in range(self.groups * self.parts))
+        assert sum(self.done.values()) == self.groups * self.parts
+        assert self.stored == Counter(range(self.tiles))
+        assert not any(self.sync), f"counters left behind: {self.sync}"
+
+
+def launches(rng: random.Random, **faults):
+    """Launches of different mixes that share one sync buffer, as layers and graph replays do."""
+    max_groups = 12
+    sync = [0] * (COUNTERS + max_groups + 8)
+    for _ in range(3):
+        blocks = rng.randint(0, 6)
+        groups = blocks * rng.choice([1, 2])
+        yield Launch(sync, rng.randint(1, 6), rng.choice([1, 2, 4]), blocks, groups, rng.choice([1, 3, 8]), max_groups, **faults)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 5, 1000])
+def test_every_unit_once_nobody_stuck_all_counters_back(resident):
+    for seed in range(60):
+        rng = random.Random(seed)
+        for launch in launches(rng):
+            launch.run(resident, rng)
+
+
+def test_the_model_sees_a_wait_on_work_that_cannot_run():
+    with pytest.raises(Stuck):
+        for seed in range(20):
+            rng = random.Random(seed)
+            for launch in launches(rng, wait_first=True):
+                launch.run(1, rng)
+
+
+def test_the_model_sees_an_early_reset():
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            rng = random.Random(seed)
+            for launch in launches(rng, early_reset=True):
+                launch.run(3, rng)

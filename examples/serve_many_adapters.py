@@ -74,9 +74,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="adapters-") as scratch:
         folders = dict(args.adapter) if args.adapter else serving.train_adapters(model, tokenizer, args.steps, Path(scratch), console)
         batch = serving.MixedBatch(tokenizer, list(folders), args.new_tokens, device)
-        peft = serving.Peft(twin(model), folders)
-        expected = serving.one_at_a_time(peft, batch)
-        other = twin(model)
+        base, other = twin(model), twin(model)
         sizes = {"max_loras": len(folders), "max_rank": args.max_rank}
         with AdapterPool(model, **sizes) as pool, AdapterPool(other, **sizes, exact_base=False) as fused:
             for name, folder in folders.items():
@@ -84,16 +82,18 @@ def run(args: argparse.Namespace) -> int:
                 fused.load(name, folder)
                 size = f"{loaded.layers} layers, rank up to {loaded.max_rank}, {loaded.bytes_read / 1e6:.1f} MB"
                 console.print(f"loaded   {name}: {size}, {loaded.seconds * 1e3:.0f} ms")
+            peft = serving.Peft(base, folders)
+            expected = serving.one_at_a_time(peft, batch)
             with pool.batch(batch.names):
                 got = batch.generate(model)
             wrong = serving.show(batch, tokenizer, got, expected, console)
             times = serving.measure(batch, model, peft, {"the pool": (model, pool), "the pool, one op a layer": (other, fused)}, args.rounds)
     for step, found in times.items():
-        base = statistics.median(found["base model"])
+        unit = statistics.median(found["base model"])
         console.print(f"\n{step + f', {len(batch.names)} rows, {len(folders)} adapters':<46} median ms   x base  fastest ms")
         for line, seconds in found.items():
             median = statistics.median(seconds)
-            console.print(f"  {line:<44} {median * 1e3:9.1f} {median / base:8.2f} {min(seconds) * 1e3:11.1f}")
+            console.print(f"  {line:<44} {median * 1e3:9.1f} {median / unit:8.2f} {min(seconds) * 1e3:11.1f}")
     for line in wrong:
         console.print(f"WRONG    {line}", style="bold red")
     return 1 if wrong else 0

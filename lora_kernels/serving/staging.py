@@ -66,7 +66,7 @@ class Staging:
             tensor = held[: tensor.numel() * target.element_size()].view(target.dtype).view(entry.shape).copy_(tensor)
         elif tensor.dtype != target.dtype:
             tensor = tensor.to(target.dtype)
-        if not tensor.isfinite().all():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # one pass; NaN goes through
             fix = None if tensor.dtype == entry.dtype else "if it is finite in the file, give AdapterPool(dtype=torch.float32)"
             raise LoraValueError(message(f"{name} holds values that are not finite", f"NaN or inf in {target.dtype}", fix=fix))
         target.copy_(tensor, non_blocking=True)

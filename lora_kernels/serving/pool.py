@@ -98,6 +98,7 @@ class AdapterPool:
                     self._targets[name] = target
                     shard.targets.append(target)
         self._shapes = {name: Shape(t.layer.in_features, t.layer.out_features) for name, t in self._targets.items()}
+        self._wait_for_fills()
         for target in self._targets.values():
             layers.swap_in(target)
 
@@ -235,6 +236,13 @@ class AdapterPool:
             for group in self._groups():
                 if group.biases is None:
                     layers.allocate_biases(group, self._num_slots)
+            self._wait_for_fills()
+
+    def _wait_for_fills(self) -> None:
+        """New memory is filled on the caller's stream; loads write on streams of their own, which know nothing of that."""
+        for shard in self._shards:
+            if shard.device.type == "cuda":
+                torch.cuda.synchronize(shard.device)
 
     def _groups(self) -> list[Group]:
         return list({id(t.group): t.group for t in self._targets.values()}.values())

@@ -58,18 +58,20 @@ def train_adapters(model: nn.Module, tokenizer, steps: int, folder: Path, consol
         peft = get_peft_model(twin(model), LoraConfig(task_type="CAUSAL_LM", **options)).train()
         lk.patch(peft)
         adamw = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
-        losses = []
+        before = None
         for i in range(steps):
             loss = loss_of(peft, windows[2 * i : 2 * i + 2])
+            before = loss.item() if before is None else before
             loss.backward()
             adamw.step()
             adamw.zero_grad()
-            losses.append(loss.item())
-        if not math.isfinite(sum(losses)):
+        with torch.no_grad():
+            after = loss_of(peft.eval(), windows[:2]).item()
+        if not math.isfinite(after):
             raise UserError(f"--dtype {model.dtype}: training {name} diverged; take bfloat16 or float32")
         lk.unpatch(peft)
         peft.save_pretrained(folders.setdefault(name, folder / name))
-        console.print(f"trained  {name}: rank {options['r']}, {steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+        console.print(f"trained  {name}: rank {options['r']}, {steps} steps, loss on its first text {before:.2f} -> {after:.2f}")
     return folders
 
 

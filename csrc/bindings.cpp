@@ -35,6 +35,18 @@ void cpu_dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, P
   lk::dropout_mask(seed, threshold, M, K, ptr<uint32_t>(mask), threads);
 }
 
+void cpu_batched_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int64_t L, int type, int form, int threads, Ptr x, int64_t ldx, Ptr w, int64_t ldw, Ptr bias,
+                     Ptr pool_a, int64_t a_stride, int64_t lda, int a_type, Ptr pool_b, int64_t b_stride, int64_t ldb, int b_type, int64_t packed_slice, Ptr ids, Ptr ranks,
+                     Ptr scalings, Ptr dropout_p, Ptr mask, Ptr y, int64_t ldy, Ptr h) {
+  lk::lora_batched_fwd({M, N, K, R, L, dtype(type), dtype(a_type), dtype(b_type), in(x, ldx), in(w, ldw), ptr(bias), ptr(pool_a), ptr(pool_b), a_stride, lda, b_stride, ldb,
+                        packed_slice, ptr<const int32_t>(ids), ptr<const int32_t>(ranks), ptr<const float>(scalings), ptr<const float>(dropout_p), ptr<const uint32_t>(mask),
+                        out(y, ldy), out(h, R), threads, static_cast<lk::Form>(form)});
+}
+
+void cpu_batched_mask(uint64_t seed, int64_t M, int64_t K, int64_t L, Ptr ids, Ptr dropout_p, Ptr mask, int threads) {
+  lk::batched_mask(seed, M, K, L, ptr<const int32_t>(ids), ptr<const float>(dropout_p), ptr<uint32_t>(mask), threads);
+}
+
 }  // namespace
 
 #ifdef LORA_KERNELS_CUDA
@@ -46,6 +58,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_linear_fwd", &cpu_linear_fwd, no_gil);
   m.def("cpu_linear_bwd", &cpu_linear_bwd, no_gil);
   m.def("cpu_dropout_mask", &cpu_dropout_mask, no_gil);
+  m.def("cpu_batched_fwd", &cpu_batched_fwd, no_gil);
+  m.def("cpu_batched_mask", &cpu_batched_mask, no_gil);
   m.def("cpu_isas", &lk::isas);
   m.def("cpu_isa", [] { return std::string(lk::kernels().name); });
   m.def("cpu_use_isa", &lk::use_isa);

@@ -7,7 +7,7 @@ mix of adapters (one CUDA graph per batch size). In it, for P = min(M, L) and B 
     order        [M]      the rows sorted by adapter, stable; rows without an adapter come last
     seg_of       [M]      segment of each sorted row (the number of segments for rows without an adapter)
     seg_start    [P + 1]  first sorted row of each segment; those past the last segment hold the number of rows with an adapter
-    seg_adapter  [P]      adapter of each segment
+    seg_adapter  [P]      adapter of each segment; like the blocks' arrays zero past the last
     blk_start    [B]      token blocks: at most `block` sorted rows of one adapter
     blk_len      [B]
     blk_adapter  [B]
@@ -78,7 +78,8 @@ def build(ids: Tensor, L: int, block: int, out: Tensor) -> Tensor:
     seg_adapter = torch.searchsorted(seg_end, s, right=True)  # L for those past the last
     seg_of = torch.cat([seg_end - 1, seg_end[-1:]])[key.long()]
     counts = torch.stack([block_end[-1], start[-1], seg_end[-1], torch.zeros_like(start[-1])])
-    parts = [counts, order, seg_of, start[seg_adapter], start[-1:], seg_adapter.clamp(max=L - 1)]
+    seg_live = s < seg_end[-1]
+    parts = [counts, order, seg_of, start[seg_adapter], start[-1:], torch.where(seg_live, seg_adapter, torch.zeros_like(s))]
     blocks_live = e < block_end[-1]
     parts += [torch.where(blocks_live, t, torch.zeros_like(t)) for t in (blk_start, blk_len, blk_adapter)]
     return out.copy_(torch.cat(parts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import platform
 
 import torch
 
@@ -56,3 +57,14 @@ def cuda_capability(index: int) -> tuple[int, int]:
 def sm_count(index: int) -> int:
     """Number of streaming multiprocessors of one CUDA device."""
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name as the kernel tells it, e.g. "AMD EPYC 9654 96-Core Processor"."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

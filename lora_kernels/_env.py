@@ -53,7 +53,7 @@ def gpus() -> list[dict]:
 def gpu_missing() -> tuple[str, str]:
     """Why there is no GPU, and how to get one."""
     if torch.version.cuda is None:
-        return "this torch is built without CUDA", "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+        return "this torch is built without CUDA", "install a CUDA build of torch (pytorch.org, Get Started)"
     return "torch finds no usable NVIDIA GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +17,8 @@ from ._errors import LoraKernelsError, message
 
 # verb -> module whose `main(argv) -> int` does it, and where that module comes from
 ELSEWHERE = {
-    "bench": ("benchmarks.run", "the benchmarks come with the source repository: run it from a checkout installed with pip install -e ."),
-    "tune": ("lora_kernels.tuning.search", "this build has no tuner"),
+    "bench": ("lora_kernels.bench.run", "this build has no benchmarks"),
+    "tune": ("lora_kernels.bench.tune", "this build has no tuner"),
 }
 
 
@@ -131,9 +130,6 @@ def check(args: argparse.Namespace) -> int:
 def elsewhere(verb: str, argv: list[str]) -> int:
     """Hand the rest of the line to the module that does it."""
     module, without = ELSEWHERE[verb]
-    root = str(Path(__file__).resolve().parent.parent)  # a checkout's root, where benchmarks/ lies beside the package
-    if root not in sys.path:
-        sys.path.append(root)
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

@@ -17,10 +17,10 @@ ALLOWED_RATIO = 2.0  # what `error_ratio` may reach before a result counts as wr
 
 
 def rmse(got: Tensor, exact: Tensor) -> float:
-    """Root mean square of got - exact, in float64; 0 for empty tensors, inf where got is not finite and exact is."""
+    """Root mean square of got - exact, in float64 on exact's device; 0 for empty tensors, inf where got is not finite and exact is."""
     if got.numel() == 0:
         return 0.0
-    diff = got.detach().to("cpu", torch.float64) - exact.detach().to("cpu", torch.float64)
+    diff = got.detach().to(exact.device, torch.float64) - exact.detach().to(torch.float64)
     error = diff.square().mean().sqrt().item()
     return error if error == error else float("inf")
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from oracle import EPS, relative_rmse
 from torch import Tensor
 
-from lora_kernels import _batch_table
+from lora_kernels import _batch_table, testing
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,16 @@ class Batch:
             parts.append(y)
         return torch.cat(parts, 1)
 
-    def assert_close(self, y: Tensor, factor: float = 2.0) -> None:
-        """y within `factor` times eager's error of the truth, plus the dtype's rounding floor."""
-        exact = self.expected()
-        eager = relative_rmse(self.expected(self.x.dtype), exact)
-        error, allowed = relative_rmse(y.cpu(), exact), factor * eager + EPS[self.x.dtype]
-        assert y.shape == exact.shape
-        assert y.dtype == self.x.dtype
-        assert error <= allowed, f"relative RMSE {error:.2e}, eager {eager:.2e}, allowed {allowed:.2e}"
+    def assert_close(self, y: Tensor) -> None:
+        """y is as near to the truth as eager PyTorch in the same dtype: twice its error, plus a rounding (h, base and sum are rounded apart).
+
+        In float64, where the truth is no better than eager, a few roundings.
+        """
+        exact, dtype = self.expected(), self.x.dtype
+        assert (y.shape, y.dtype) == (exact.shape, dtype)
+        rounding = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
+        error, eager = (testing.relative_rmse(t, exact) for t in (y, self.expected(dtype)))
+        assert error <= testing.ALLOWED_RATIO * eager + rounding, f"relative RMSE {error:.2e}, eager {eager:.2e}"
 
     def replace(self, **changes) -> Batch:
         return replace(self, **changes)

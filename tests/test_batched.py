@@ -62,7 +62,7 @@ def test_shrink_then_expand(name):
     assert h.dtype == fp32
     assert h.shape == ((len(b.ids), b.pools_a[0].shape[1]) if one else (len(b.weights), len(b.ids), b.pools_a[0].shape[1]))
     assert not h[..., b.ids < 0, :].any()
-    y = torch.cat([F.linear(b.x, w, bias) for w, bias in zip(b.weights, b.biases)], 1)
+    y = torch.cat([F.linear(b.x, w, bias) for w, bias in zip(b.weights, b.biases, strict=True)], 1)
     before = y.clone()
     assert lora_expand(y, h, b.pools_b[0] if one else b.pools_b, meta, b.ranks) is y
     b.assert_close(y)
@@ -149,7 +149,7 @@ def test_training_forward_has_servings_bits_and_repeats(dtypes):
         assert torch.equal(y.detach(), served)
         y.sum().backward()
         grads.append([t.grad for t in leaves])
-    assert all(torch.equal(*pair) for pair in zip(*grads))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
     assert [g.dtype for g in grads[0]] == [dtype, b.pools_a[0].dtype, b.pools_b[0].dtype]
 
 
@@ -274,7 +274,7 @@ def test_batch_table(ids, L, block):
     counts = [valid.count(slot) for slot in present]
     starts = [sum(counts[:s]) for s in range(len(present) + 1)]
     blocks = [
-        (start + o, min(block, n - o), slot) for slot, start, n in zip(present, starts, counts) for o in range(0, n, block)
+        (start + o, min(block, n - o), slot) for slot, start, n in zip(present, starts, counts, strict=False) for o in range(0, n, block)
     ]  # fmt: skip
     if M == 0:
         assert not table.any()
@@ -285,7 +285,7 @@ def test_batch_table(ids, L, block):
     assert array(at.seg_start, len(present) + 1) == starts
     assert array(at.seg_adapter, len(present)) == present
     assert len(blocks) <= at.max_blocks
-    assert list(zip(array(at.blk_start, len(blocks)), array(at.blk_len, len(blocks)), array(at.blk_adapter, len(blocks)))) == blocks
+    assert list(zip(array(at.blk_start, len(blocks)), array(at.blk_len, len(blocks)), array(at.blk_adapter, len(blocks)), strict=True)) == blocks
 
 
 def test_meta_update_keeps_its_addresses():

@@ -128,25 +128,23 @@ def launches(rng: random.Random, **faults):
         yield Launch(sync, rng.randint(1, 6), rng.choice([1, 2, 4]), blocks, groups, rng.choice([1, 3, 8]), max_groups, **faults)
 
 
+def run_launches(seeds: int, resident: int, **faults) -> None:
+    for seed in range(seeds):
+        rng = random.Random(seed)
+        for launch in launches(rng, **faults):
+            launch.run(resident, rng)
+
+
 @pytest.mark.parametrize("resident", [1, 2, 5, 1000])
 def test_every_unit_once_nobody_stuck_all_counters_back(resident):
-    for seed in range(60):
-        rng = random.Random(seed)
-        for launch in launches(rng):
-            launch.run(resident, rng)
+    run_launches(60, resident)
 
 
 def test_the_model_sees_a_wait_on_work_that_cannot_run():
     with pytest.raises(Stuck):
-        for seed in range(20):
-            rng = random.Random(seed)
-            for launch in launches(rng, wait_first=True):
-                launch.run(1, rng)
+        run_launches(20, 1, wait_first=True)
 
 
 def test_the_model_sees_an_early_reset():
     with pytest.raises(AssertionError):
-        for seed in range(20):
-            rng = random.Random(seed)
-            for launch in launches(rng, early_reset=True):
-                launch.run(3, rng)
+        run_launches(20, 3, early_reset=True)

@@ -146,8 +146,7 @@ def test_the_model_finds_an_early_load(host, monkeypatch):
     honest = Barrier.passes
     monkeypatch.setattr(Barrier, "passes", lambda self, parity: self.count > 1 or honest(self, parity))
     with pytest.raises(AssertionError, match=r"being read|slot holds|more arrivals|twice"):
-        for seed in range(20):
-            check(Problem(2, 3, 5, 1, 2, 2, 3, False), host, seed)
+        [check(Problem(2, 3, 5, 1, 2, 2, 3, False), host, seed) for seed in range(20)]
 
 
 def test_the_model_finds_a_counter_left_behind(host, monkeypatch):
@@ -171,8 +170,7 @@ def test_the_model_finds_a_static_order_that_starves(host, monkeypatch):
             return super().producer(cluster, rank, index)
 
     with pytest.raises(AssertionError, match="deadlock"):
-        for seed in range(20):
-            Static(p, host, seed).run()
+        [Static(p, host, seed).run() for seed in range(20)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- layout

@@ -80,6 +80,17 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
     for (int j = 0; j < NR; j++) b[j] = static_cast<const T*>(a.b.p) + (n + min(j, nv - 1)) * a.b.ld;
     dot_rows<T, MR, NR, false, false>(acc, static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, b, a.R, {}, m, none);
   }
+  if (a.rows) {
+    NextRows none;
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      const lk::RankRow& own = a.rows[m + i];
+      if (!own.R) continue;
+#pragma GCC unroll 8
+      for (int j = 0; j < NR; j++) b[j] = static_cast<const T*>(own.b) + (n + min(j, nv - 1)) * a.b.ld;
+      dot_rows<T, 1, NR, false, false>(acc + i * NR, static_cast<const T*>(a.h.p) + (m + i) * a.h.ld, 0, b, own.R, {}, m, none);
+    }
+  }
   alignas(64) float s[NA + L];
 #pragma GCC unroll 8
   for (int i = 0; i < NA; i += L) store(s + i, sums(acc + i));

@@ -50,6 +50,26 @@ struct Backward {
 
 void lora_linear_fwd(const Problem& problem, const Forward& f);
 void lora_linear_bwd(const Problem& problem, const Backward& b);
+// One output slice of the many-adapter forward: row m uses adapter ids[m] (none outside 0..L-1) of rank ranks[l] and scale scalings[l].
+struct Batched {
+  int64_t M, N, K, R, L;
+  Dtype type, a_type, b_type;
+  In x, w;
+  const void* bias;
+  const void *pool_a, *pool_b;             // [L, >= R rows, K] and [L, N, R] with the strides below, in elements
+  int64_t a_stride, lda, b_stride, ldb;
+  int64_t packed_slice;                    // slice i of a pool whose slices lie behind each other at the true rank: A is rows i r .. (i + 1) r; else 0
+  const int32_t *ids, *ranks;              // ranks null: all R
+  const float* scalings;                   // null: all 1
+  const float* dropout_p;                  // [L]; null: none
+  const uint32_t* mask;                    // with dropout_p: as batched_mask wrote it
+  Out y, h;
+  int threads;
+  Form form;
+};
+void lora_batched_fwd(const Batched& b);
+void batched_mask(uint64_t seed, int64_t M, int64_t K, int64_t L, const int32_t* ids, const float* dropout_p, uint32_t* mask, int threads);
+
 void dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, uint32_t* mask, int threads);
 
 }  // namespace lk

@@ -30,6 +30,18 @@ struct Mask {
   int64_t ld;
 };
 
+// Many adapters: one row's b [N, R] (leading dimension DotArgs::b.ld); R = 0: no adapter.
+struct RankRow {
+  const void* b;
+  int64_t R;
+};
+// The same for the rows of one adapter, ascending.
+struct Segment {
+  RankRow adapter;
+  const int32_t* rows;
+  int64_t count;
+};
+
 // out[m, n] = alpha * sum_k keep(m, k) x[m, k] w[n, k] + sum_r h[m, r] b[n, r] + bias[n]          few rows: both operands read in place
 struct DotArgs {
   int64_t M, K, R;
@@ -38,6 +50,7 @@ struct DotArgs {
   Mask keep;
   float alpha;
   Out out;
+  const RankRow* rows;  // instead of b and R, one per row; or null
 };
 
 // out[m, n] = alpha * (sum_k x[m, k] W(k, n) + keep_scale * keep(m, n) * sum_r h[m, r] B(r, n)) + bias[n]   many rows: W repacked into panels
@@ -52,6 +65,8 @@ struct PanelArgs {
   Out out;
   bool out_t;    // store transposed: out[n, m]
   bool out_f32;  // store fp32 instead of the operands' type
+  const Segment* segments;  // instead of b and R (b.ld is theirs), added after the base; or null
+  int64_t segment_count, segment_R;
 };
 
 // out[m, c] = alpha * (sum_n x[m, n] w[n, c] + keep_scale * keep(m, c) * sum_r h[m, r] b[r, c])            few rows: w read in place, streamed once

@@ -216,15 +216,40 @@ struct Rows {  // the row tile's operand as the micro kernel wants it: in place,
 constexpr int MAX_ROWS = MICRO_ROWS[1] > MICRO_ROWS[NV] ? MICRO_ROWS[1] : MICRO_ROWS[NV];
 LK_INLINE int64_t even_up(int64_t a) { return (a + 1) / 2 * 2; }
 
+// The rank terms of many adapters, onto the finished base in C: each row alone, so that its bits do not depend on its neighbours.
+template <class T>
+void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, float* pb, float* hs, float* C) {
+  using P = PanelStep<T>;
+  NextBlock none;
+  for (int64_t i = 0; i < a.segment_count; i++) {
+    const lk::Segment& s = a.segments[i];
+    const int64_t R = s.adapter.R, RD = ceil_div(R, P::PAIR);
+    if (!R || s.rows[s.count - 1] < m0 || s.rows[0] >= m1) continue;
+    pack_nt<T>(static_cast<const T*>(s.adapter.b) + n * a.b.ld, a.b.ld, cols, 0, RD, R, pb, RD);
+    for (int64_t j = 0; j < s.count; j++) {
+      const int64_t m = s.rows[j];
+      if (m < m0 || m >= m1) continue;
+      const auto* h = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, 1, R, hs, 0);
+      for (int64_t sub = 0; sub * SW < cols; sub++) {
+        const Strip<T> strip = {h, 0, pb + sub * RD * SW, R / P::PAIR, R % P::PAIR != 0};
+        micro_width<T, NV>(static_cast<int>(min(ceil_div(cols - sub * SW, L), NV)), 1, {}, strip, a, m, n, C + (m - m0) * NP + sub * SW, true, none);
+      }
+    }
+  }
+}
+
 // packed base block | packed rank block | C [rows, NP] | widened x tile | widened h tile
-int64_t panel_floats(const lk::PanelArgs& a, int64_t rows) { return KC * NP + even_up(a.R) * NP + (rows + MAX_ROWS) * NP + MAX_ROWS * (KC + L + a.R + L); }
+int64_t panel_floats(const lk::PanelArgs& a, int64_t rows) {
+  const int64_t R = a.R > a.segment_R ? a.R : a.segment_R;
+  return KC * NP + even_up(R) * NP + (rows + MAX_ROWS) * NP + MAX_ROWS * (KC + L + R + L);
+}
 
 template <class T, class OT>
 void panel_of(const lk::PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* ws) {
   using P = PanelStep<T>;
   constexpr bool in_place = same<T, typename P::X>;
   const int64_t n = p * NP, cols = min(a.N - n, NP), KD = ceil_div(a.K, P::PAIR), RD = ceil_div(a.R, P::PAIR);
-  float *pa = ws, *pb = pa + KC * NP, *C = pb + even_up(a.R) * NP, *xs = C + (m1 - m0 + MAX_ROWS) * NP, *hs = xs + MAX_ROWS * (KC + L);
+  float *pa = ws, *pb = pa + KC * NP, *C = pb + even_up(a.R > a.segment_R ? a.R : a.segment_R) * NP, *xs = C + (m1 - m0 + MAX_ROWS) * NP, *hs = xs + MAX_ROWS * (KC + L);
   const T* w = static_cast<const T*>(a.w.p) + (a.nt ? n * a.w.ld : n);
   if (a.R) {
     const T* b = static_cast<const T*>(a.b.p) + (a.nt ? n * a.b.ld : n);
@@ -265,8 +290,12 @@ void panel_of(const lk::PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* 
           r += part;
         }
       }
-      if (last && !a.out_t) store_rows<T, OT>(a, n, cols, m, rows, c);
+      if (last && !a.out_t && !a.segments) store_rows<T, OT>(a, n, cols, m, rows, c);
       m += rows;
+    }
+    if (last && a.segments) {
+      add_segments<T>(a, n, cols, m0, m1, pb, hs, C);
+      store_rows<T, OT>(a, n, cols, m0, static_cast<int>(m1 - m0), C);
     }
     if (last && a.out_t) store_transposed<OT>(a, n, cols, m0, m1, C);
     k0 += KC;

@@ -29,7 +29,8 @@ inline void dot_product(const Kernels& k, Dtype t, const DotArgs& a, int64_t N, 
       DotArgs part = a;
       part.M = std::min(kRows, a.M - m);
       part.x.p = offset(a.x.p, t, m * a.x.ld);
-      part.h.p = a.R ? offset(a.h.p, t, m * a.h.ld) : nullptr;
+      part.h.p = a.h.p ? offset(a.h.p, t, m * a.h.ld) : nullptr;
+      part.rows = a.rows ? a.rows + m : nullptr;
       part.keep.p = a.keep.p ? a.keep.p + m * a.keep.ld : nullptr;
       part.out.p = offset(a.out.p, t, m * a.out.ld);
       k.dot(t, part, 0, N);

@@ -1,5 +1,5 @@
-// The CUDA engine's C face: pointers, sizes, row pitches in elements, a stream. No torch, no Python. Errors are lk::cuda::CudaError, naming kernel, shape
-// and CUDA error. The caller has made the stream's device current.
+// The CUDA engine's C face: pointers, sizes, row pitches in elements, a stream. No torch, no Python. Errors are lk::cuda::CudaError, naming kernel,
+// shape and CUDA error. The caller has made the stream's device current.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -25,8 +25,8 @@ struct Matrix {
 struct LinearCall {
   Element element = Element::bf16;
   bool backward = false;
-  bool column0 = false;  // make h = scale * x A^T here (R <= 64); else h is given
-  bool masked = false;   // backward only: the rank product is masked and scaled by `scale` = 1 / (1 - p)
+  bool column0 = false;    // make h = scale * x A^T here (R <= 64); else h is given
+  bool masked = false;     // backward only: the rank product is masked and scaled by `scale` = 1 / (1 - p)
   bool dependent = false;  // launched right behind the kernel that makes h: start early, wait before h (programmatic dependent launch)
   int block_n = 256, cluster = 1, group_m = 8;
   int M = 0, N = 0, K = 0, R = 0;

@@ -18,9 +18,9 @@ T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
-void linear(int element, bool backward, bool column0, bool masked, bool dependent, int block_n, int cluster, int group_m, int M, int N, int K, int R, float scale,
-            Pointer x, int64_t ldx, Pointer w, int64_t ldw, Pointer a, int64_t lda, Pointer b, int64_t ldb, Pointer y, int64_t ldy, Pointer bias, Pointer h,
-            Pointer mask, Pointer sync, Pointer stream) {
+void linear(int element, bool backward, bool column0, bool masked, bool dependent, int block_n, int cluster, int group_m, int M, int N, int K, int R,
+            float scale, Pointer x, int64_t ldx, Pointer w, int64_t ldw, Pointer a, int64_t lda, Pointer b, int64_t ldb, Pointer y, int64_t ldy,
+            Pointer bias, Pointer h, Pointer mask, Pointer sync, Pointer stream) {
   lk::cuda::LinearCall c;
   c.element = Element(element);
   c.backward = backward, c.column0 = column0, c.masked = masked, c.dependent = dependent;
@@ -31,8 +31,8 @@ void linear(int element, bool backward, bool column0, bool masked, bool dependen
   lk::cuda::linear(c, at(stream));
 }
 
-void shrink(int element, bool backward, int M, int K, int R, int split, float scale, uint32_t threshold, Pointer x, int64_t ldx, Pointer a, int64_t lda, Pointer h,
-            Pointer mask, Pointer seed, Pointer stream) {
+void shrink(int element, bool backward, int M, int K, int R, int split, float scale, uint32_t threshold, Pointer x, int64_t ldx, Pointer a,
+            int64_t lda, Pointer h, Pointer mask, Pointer seed, Pointer stream) {
   lk::cuda::ShrinkCall c;
   c.element = Element(element);
   c.backward = backward;

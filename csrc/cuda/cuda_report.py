@@ -1,6 +1,6 @@
 """What ptxas made of every CUDA kernel: registers, spills, warnings, opcodes. Needs nvcc and cuobjdump, no GPU.
 
-Usage: python csrc/cuda/cuda_report.py          prints the table of docs/measured.md
+Usage: python csrc/cuda/cuda_report.py          prints the tables of docs/measured.md
 tests/test_cuda_build.py holds the kernels to these figures.
 """
 
@@ -34,6 +34,7 @@ class Kernel:
     spill_stores: int = 0
     spill_loads: int = 0
     highest_register: int = 0
+    highest_producer_register: int = 0
     membar_gpu_between_hgmma: int = 0
     warnings: list[str] = field(default_factory=list)
     sass: collections.Counter = field(default_factory=collections.Counter)
@@ -81,10 +82,11 @@ def read_log(log: str) -> dict[str, Kernel]:
 
 
 def read_sass(text: str, kernels: dict[str, Kernel]) -> None:
-    current, since_hgmma, seen = None, 0, False
+    current, since_hgmma, seen, producer = None, 0, False, False
     for line in text.splitlines():
         if match := re.search(r"Function : (\w+)", line):
             current, since_hgmma, seen = kernels[match[1]], 0, False
+            producer = False
         elif match := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_]*)(\S*)\s*(.*?);", line):
             opcode, suffix, operands = match.groups()
             if opcode in OPCODES:
@@ -96,8 +98,12 @@ def read_sass(text: str, kernels: dict[str, Kernel]) -> None:
             if opcode == "HGMMA":
                 current.membar_gpu_between_hgmma += since_hgmma if seen else 0
                 seen, since_hgmma = True, 0
+            if opcode == "USETMAXREG":
+                producer = "DEALLOC" in suffix
             registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
             current.highest_register = max([current.highest_register, *registers])
+            if producer:
+                current.highest_producer_register = max([current.highest_producer_register, *registers])
 
 
 def compile_one(source: Path, folder: Path) -> dict[str, Kernel]:
@@ -132,11 +138,46 @@ def compiled(cache: Path) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel], shared: dict[str, int]) -> str:
-    rows = ["| kernel | registers (highest used) | spills | shared memory | HGMMA | UTMALDG | UTMASTG |", "|---|---|---|---|---|---|---|"]
+    """One row per kernel; element types with the same figures share it."""
+    rows: dict[tuple, list[str]] = {}
     for k in sorted(kernels, key=lambda k: k.name):
-        memory = shared.get(k.name, "")
-        counts = " | ".join(str(k.sass[op]) for op in ("HGMMA", "UTMALDG", "UTMASTG"))
-        rows.append(f"| {k.name} | {k.registers} ({k.highest_register}) | {k.spill_stores + k.spill_loads} | {memory} | {counts} |")
+        figures = (f"{k.highest_producer_register}, {k.highest_register}", k.spill_stores + k.spill_loads, shared.get(k.name, ""))
+        element = "bf16" if "<bf16" in k.name else "fp16"
+        key = (k.name.replace(element + ", ", ""), *figures, *(k.sass[op] for op in ("HGMMA", "UTMALDG", "UTMASTG")))
+        rows.setdefault(key, []).append(element)
+    head = ("kernel", "highest register (producer, consumer)", "spills", "shared memory", "HGMMA", "UTMALDG", "UTMASTG", "types")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, (*key, " ".join(types)))) + " |" for key, types in rows.items()])
+
+
+# One H200, as measured elsewhere: bf16 cuBLAS at 8192^3 and device-to-device copy. A wgmma m64n256k16 takes 128 cycles, 2048 FMA per cycle and SM.
+FLOPS, BYTES, SMS, FMA = 790e12, 4.3e12, 132, 2048
+
+
+def predicted(M: int, N: int, K: int, R: int) -> dict[str, float]:
+    """Time over that of the base GEMM alone, if the main loop runs as fast as cuBLAS: what the rank-R part adds by instruction and byte counts.
+
+    The rank step adds ceil(R / 16) steps to the K loop; the tiles of column 0 add a wgmma m64nRk16 per step, which takes max(R / 2, 16) cycles as it
+    reads its A tile again; dA and dB read x and dy once each.
+    """
+    clock = FLOPS / (2 * FMA * SMS)
+
+    def update(N: int, K: int) -> float:
+        base = 2 * M * N * K / FLOPS
+        column0 = M / 64 * K / 16 * max(R / 2, 16) / SMS / clock
+        return (base * (1 + -(-R // 16) * 16 / K) + column0) / base
+
+    base = 2 * M * N * K / FLOPS
+    reductions = 2 * M * (N + K) / BYTES
+    forward, dx = update(N, K), update(K, N)
+    return {"forward": forward, "dx": dx, "forward + backward": (base * (forward + dx) + reductions) / (2 * base)}
+
+
+def predictions() -> str:
+    rows = ["| M = 8192, N x K | R | forward | dx | forward + backward |", "|---|---|---|---|---|"]
+    for N, K in ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)):
+        for R in (16, 64):
+            rows.append(f"| {N} x {K} | {R} | " + " | ".join(f"{v:.3f}" for v in predicted(8192, N, K, R).values()) + " |")
     return "\n".join(rows)
 
 
@@ -148,3 +189,4 @@ if __name__ == "__main__":
     except (ImportError, AttributeError):
         sizes = {}
     print(table(compiled(HERE.parent.parent / "build" / "cuda_gate"), sizes))
+    print("\n" + predictions())

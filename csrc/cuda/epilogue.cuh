@@ -37,18 +37,22 @@ __device__ __forceinline__ float2 load_pair(const T* p) {
 // 16 columns (d[0..7]) of this warp's 16 rows into the swizzled panel at `panel`, as columns 16 j ..
 template <class T>
 __device__ __forceinline__ void store_columns(uint32_t panel, int thread, int j, const float* d, float2 lo = {0, 0}, float2 hi = {0, 0}) {
-  ptx::stmatrix(panel + swizzled(stmatrix_row(thread), stmatrix_chunk(thread, j)), pack<T>(d[0] + lo.x, d[1] + lo.y), pack<T>(d[2] + lo.x, d[3] + lo.y),
-                pack<T>(d[4] + hi.x, d[5] + hi.y), pack<T>(d[6] + hi.x, d[7] + hi.y));
+  ptx::stmatrix(panel + swizzled(stmatrix_row(thread), stmatrix_chunk(thread, j)), pack<T>(d[0] + lo.x, d[1] + lo.y),
+                pack<T>(d[2] + lo.x, d[3] + lo.y), pack<T>(d[4] + hi.x, d[5] + hi.y), pack<T>(d[6] + hi.x, d[7] + hi.y));
 }
 
 // y tile of one warpgroup (64 rows x BN) through PANELS buffers of its own. Before a buffer is written again, thread 0 has seen all but the latest
 // PANELS - 1 of its stores finish reading; the barrier tells the others. Writes by stmatrix reach TMA through fence + barrier.
 template <class T, int BN, int PANELS>
-__device__ __forceinline__ void store_tile(const CUtensorMap* y, const T* bias, int N, const float (&acc)[BN / 2], uint32_t panels, int warpgroup, int thread,
-                                           int row, int col) {
+__device__ __forceinline__ void store_tile(const CUtensorMap* y, const T* bias, int N, const float (&acc)[BN / 2], uint32_t panels, int warpgroup,
+                                           int thread, int row, int col) {
+  static_assert(BN / 64 % PANELS == 0, "a whole tile leaves the buffers in turn");
 #pragma unroll
   for (int p = 0; p < BN / 64; ++p) {
-    if (col + 64 * p >= N) break;
+    if (col + 64 * p >= N) {
+      if (thread == 0) ptx::tma_wait_read<0>();  // the next tile starts with buffer 0 again, out of turn
+      break;
+    }
     const uint32_t panel = panels + p % PANELS * kPanelBytes;
     if (thread == 0) ptx::tma_wait_read<PANELS - 1>();
     ptx::sync_warpgroup(warpgroup);

@@ -4,7 +4,6 @@
 namespace lk::cuda {
 
 LinearRun forward_update(const LinearCall& c) {
-
   return c.element == Element::bf16 ? update_instance<__nv_bfloat16, false>(c) : update_instance<__half, false>(c);
 }
 

@@ -1,5 +1,9 @@
 #include "host.h"
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 namespace lk::cuda {
 
 void fail(const std::string& call, const std::string& what, cudaError_t error) {
@@ -15,8 +19,8 @@ const char* name_of(Element element) { return element == Element::bf16 ? "bf16" 
 
 namespace {
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                            const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // The driver's own function, found through the runtime, so that the module loads where there is no driver.
 Encode encoder(const std::string& call) {
@@ -26,17 +30,19 @@ Encode encoder(const std::string& call) {
   cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
   const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
   if (error != cudaSuccess) fail(call, "no CUDA driver to ask for cuTensorMapEncodeTiled", error);
-  if (result != cudaDriverEntryPointSuccess || entry == nullptr) fail(call, "the CUDA driver has no cuTensorMapEncodeTiled; fix: a driver for CUDA 12.0 or newer");
+  if (result != cudaDriverEntryPointSuccess || entry == nullptr)
+    fail(call, "the CUDA driver has no cuTensorMapEncodeTiled; fix: a driver for CUDA 12.0 or newer");
   found = reinterpret_cast<Encode>(entry);
   return found;
 }
 
 }  // namespace
 
-CUtensorMap tensor_map(const std::string& call, const char* name, Element element, const Matrix& m, int64_t rows, int64_t cols, int box_rows, int box_cols,
-                       MapSwizzle swizzle) {
+CUtensorMap tensor_map(const std::string& call, const char* name, Element element, const Matrix& m, int64_t rows, int64_t cols, int box_rows,
+                       int box_cols, MapSwizzle swizzle) {
   if (reinterpret_cast<uintptr_t>(m.data) % 16 != 0 || m.data == nullptr) fail(call, std::string(name) + " is not 16-byte aligned");
-  if (m.pitch % 8 != 0 || m.pitch < cols) fail(call, std::string(name) + " has a row pitch of " + std::to_string(m.pitch) + " elements; allowed: multiples of 8, at least its columns");
+  if (m.pitch % 8 != 0 || m.pitch < cols)
+    fail(call, std::string(name) + " has a row pitch of " + std::to_string(m.pitch) + " elements; allowed: multiples of 8, at least its columns");
   const cuuint64_t dims[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(m.pitch) * 2};
   const cuuint32_t box[2] = {cuuint32_t(box_cols), cuuint32_t(box_rows)}, steps[2] = {1, 1};
   const CUtensorMapSwizzle modes[] = {CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
@@ -46,7 +52,8 @@ CUtensorMap tensor_map(const std::string& call, const char* name, Element elemen
                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     fail(call, "cuTensorMapEncodeTiled refused " + std::string(name) + " [" + std::to_string(rows) + ", " + std::to_string(cols) + "] pitch " +
-                   std::to_string(m.pitch) + " box " + std::to_string(box_rows) + "x" + std::to_string(box_cols) + ", CUresult " + std::to_string(int(result)));
+                   std::to_string(m.pitch) + " box " + std::to_string(box_rows) + "x" + std::to_string(box_cols) + ", CUresult " +
+                   std::to_string(int(result)));
   }
   return map;
 }
@@ -74,6 +81,32 @@ void allow_shared_memory(const std::string& call, const void* entry, int bytes, 
   const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) fail(call, "cannot have " + std::to_string(bytes) + " bytes of shared memory", error);
   if (device < 64) done |= uint64_t(1) << device;
+}
+
+int resident_clusters(const void* entry, const Launch& l, int most) {
+  if (l.cluster == 1) return most;
+  static std::mutex guard;
+  static std::map<std::pair<const void*, int>, int> known;  // by kernel and device
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(guard);
+  int& count = known[{entry, device}];
+  if (count == 0) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(most * l.cluster);
+    config.blockDim = dim3(l.threads);
+    config.dynamicSmemBytes = l.shared_bytes;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&count, entry, &config) != cudaSuccess || count < 1) {
+      cudaGetLastError();
+      count = most;
+    }
+  }
+  return std::min(count, most);
 }
 
 namespace {

@@ -18,8 +18,8 @@ enum class MapSwizzle { b32, b64, b128 };
 [[noreturn]] void fail(const std::string& call, const std::string& what, cudaError_t error = cudaSuccess);
 
 // Rows of `rows` x `cols` 16-bit elements, in boxes of box_rows x box_cols; what a box takes outside reads as zero and is not written.
-CUtensorMap tensor_map(const std::string& call, const char* name, Element element, const Matrix& m, int64_t rows, int64_t cols, int box_rows, int box_cols,
-                       MapSwizzle swizzle = MapSwizzle::b128);
+CUtensorMap tensor_map(const std::string& call, const char* name, Element element, const Matrix& m, int64_t rows, int64_t cols, int box_rows,
+                       int box_cols, MapSwizzle swizzle = MapSwizzle::b128);
 
 // Throws unless the current device has compute capability 9.0; returns its number of SMs.
 int sm90_multiprocessors(const std::string& call);
@@ -37,6 +37,9 @@ struct Launch {
   bool dependent;
   void* stream;
 };
+
+// Clusters of this launch that the device holds at a time, at most `most`: fewer than SMs / cluster where a GPC has an odd number of SMs.
+int resident_clusters(const void* entry, const Launch& l, int most);
 
 template <class... Params>
 void launch(const std::string& call, void (*kernel)(Params...), const Launch& l, const Params&... params) {

@@ -8,11 +8,11 @@
 
 namespace lk::cuda {
 
-constexpr int kTileM = 128;                // rows of x per CTA: two consumer warpgroups of 64
-constexpr int kBlockK = 64;                // one 128-byte row of 16-bit elements: the widest swizzle
-constexpr int kRowBytes = kBlockK * 2;     // of a K-major tile
-constexpr int kChunk = 64;                 // columns of one MN-major box
-constexpr int kChunkBytes = 64 * 64 * 2;   // 64 (contraction) x 64 (columns)
+constexpr int kTileM = 128;               // rows of x per CTA: two consumer warpgroups of 64
+constexpr int kBlockK = 64;               // one 128-byte row of 16-bit elements: the widest swizzle
+constexpr int kRowBytes = kBlockK * 2;    // of a K-major tile
+constexpr int kChunk = 64;                // columns of one MN-major box
+constexpr int kChunkBytes = 64 * 64 * 2;  // 64 (contraction) x 64 (columns)
 constexpr int kTileBytes = kTileM * kRowBytes;
 constexpr int kPanelBytes = 64 * kRowBytes;  // 64 x 64 staging of the output
 
@@ -32,8 +32,8 @@ struct KMajor {
   LK_HD static uint64_t at(uint32_t address) { return descriptor(address, 16, 1024, Swizzle::B128); }
 };
 
-// MN-major operand of COLS columns (columns contiguous): boxes of 64 columns (or COLS, when fewer) x 64 contraction rows, the swizzle as wide as a box row.
-// Leading offset: from one box to the next; stride offset: from one group of 8 contraction rows to the next.
+// MN-major operand of COLS columns (columns contiguous): boxes of 64 columns (or COLS, when fewer) x 64 contraction rows, the swizzle as wide as a
+// box row. Leading offset: from one box to the next; stride offset: from one group of 8 contraction rows to the next.
 template <int COLS>
 struct MnMajor {
   static constexpr uint32_t row = (COLS < kChunk ? COLS : kChunk) * 2;

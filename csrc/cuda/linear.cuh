@@ -10,19 +10,21 @@
 // Forms:
 //   RP = 0          h is given, by an earlier kernel (programmatic dependent launch: the producer waits just before it loads h).
 //   RP = 0, MASKED  the rank product comes first and is masked, then the K loop adds to it (dx with dropout).
-//   RP > 0          column-0 form: the tiles of column 0 also accumulate h = s x A^T from the x tile in shared memory and publish it; the others take it at
+//   RP > 0          column-0 form: the tiles of column 0 also accumulate h = s x A^T from the x tile in shared memory and publish it; the others take
+//   it at
 //                   the end of their K loop. For dx the same with (x, A) -> (dy, B^T).
 //
 // Flags of the column-0 form, all in `sync`, all zero between launches:
 //   ticket      drawn by leaders' producer threads (atomicAdd). See scheduler.cuh for why the last one drawn can reset it.
 //   ready[m]    written by the two consumer warpgroups of tile (m, 0), one red.release.gpu each: every thread of the warpgroup stores its part of h
-//               (generic), fences it towards the async proxy, warpgroup barrier, thread 0 releases. Read by the producer thread of each tile (m, n > 0):
-//               ld.acquire.gpu until 2, fence.proxy.async, then TMA loads of h. Nobody waits for ever: units are claimed in order, so tile (m, 0) is held by a
-//               running cluster; every unit that this cluster claimed before is of column 0 too, and tiles of column 0 wait for no flag.
-//   taken[m]    incremented by each tile (m, n > 0) after its acquire (acq_rel); the one that sees cols - 2 is the last: no one polls ready[m] again in this
+//               (generic), fences it towards the async proxy, warpgroup barrier, thread 0 releases. Read by the producer thread of each tile (m, n >
+//               0): ld.acquire.gpu until 2, fence.proxy.async, then TMA loads of h. Nobody waits for ever: units are claimed in order, so tile (m, 0)
+//               is held by a running cluster; every unit that this cluster claimed before is of column 0 too, and tiles of column 0 wait for no flag.
+//   taken[m]    incremented by each tile (m, n > 0) after its acquire (acq_rel); the one that sees cols - 2 is the last: no one polls ready[m] again
+//   in this
 //               launch, so it zeroes both. With one column of tiles nobody takes and nothing is published.
-//   After a launch that never started (the launcher throws) nothing was written. A launch that was aborted on the device (trap, fault) leaves a sticky
-//   error: the context and with it the buffer are gone. The launcher's Python side drops the buffer on every error.
+//   After a launch that never started (the launcher throws) nothing was written. A launch that was aborted on the device (trap, fault) leaves a
+//   sticky error: the context and with it the buffer are gone. The launcher's Python side drops the buffer on every error.
 #pragma once
 #include "api.h"
 #include "epilogue.cuh"
@@ -112,10 +114,8 @@ struct Linear {
 
   __device__ __forceinline__ void wait_for_h(int m) {
     int *ready = a.sync + 1 + m, *taken = ready + a.raster.rows * a.cluster;
-    for (int tries = 0; ptx::load_acquire(ready) < 2; ++tries) {
-      __nanosleep(64);
-      if (tries == ptx::kTrapAfterTries) __trap();
-    }
+    for (const auto start = ptx::nanoseconds(); ptx::load_acquire(ready) < 2; __nanosleep(64))
+      if (ptx::nanoseconds() - start > ptx::kTrapAfterNanoseconds) __trap();
     ptx::fence_async();
     if (last_taker(ptx::fetch_add(taken, 1), a.raster.cols)) *ready = *taken = 0;
   }
@@ -132,6 +132,7 @@ struct Linear {
       if (!MASKED) push_base(u, m, unit.n, make_h);
       if (!waited) {
         ptx::wait_for_previous_grid();
+        ptx::fence_async();  // h was written by ordinary stores, TMA reads it
         waited = true;
       }
       push_rank(u, m, unit.n, make_h);
@@ -215,7 +216,8 @@ struct Linear {
   template <int HR>
   __device__ __forceinline__ void publish(float (&hacc)[HR], uint32_t panel, int w, int thread, int m) {
     T* h = static_cast<T*>(a.h) + int64_t(m * kTileM + w * 64 + fragment_row(thread)) * a.R + fragment_column(thread);
-    const int rows = a.M - (m * kTileM + w * 64 + fragment_row(thread)), cols = a.R - fragment_column(thread);  // left from this thread's first element
+    const int rows = a.M - (m * kTileM + w * 64 + fragment_row(thread)),
+              cols = a.R - fragment_column(thread);  // left from this thread's first element
     uint32_t packed[HR / 2];
 #pragma unroll
     for (int i = 0; i < HR / 2; ++i) packed[i] = pack<T>(hacc[2 * i] * a.scale, hacc[2 * i + 1] * a.scale);
@@ -223,11 +225,14 @@ struct Linear {
     ptx::sync_warpgroup(w + 1);  // the panel's last store has left it
 #pragma unroll
     for (int j = 0; j < HR / 8; ++j) {
-      const uint32_t* v = packed + 4 * j;
-      ptx::stmatrix(panel + swizzled(stmatrix_row(thread), stmatrix_chunk(thread, j)), v[0], v[1], v[2], v[3]);
+      uint32_t v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i % 2 * 8 < rows && 16 * j + i / 2 * 8 < cols) *reinterpret_cast<uint32_t*>(h + i % 2 * 8 * a.R + 16 * j + i / 2 * 8) = v[i];
+      for (int i = 0; i < 4; ++i) {  // fragment i: 8 rows down for odd i, 8 columns on for i >= 2
+        const bool inside = 16 * j + i / 2 * 8 < cols;
+        v[i] = inside ? packed[4 * j + i] : 0;  // past R: x times zero, which is no zero where x is not finite
+        if (inside && i % 2 * 8 < rows) *reinterpret_cast<uint32_t*>(h + i % 2 * 8 * a.R + 16 * j + i / 2 * 8) = v[i];
+      }
+      ptx::stmatrix(panel + swizzled(stmatrix_row(thread), stmatrix_chunk(thread, j)), v[0], v[1], v[2], v[3]);
     }
     ptx::fence_async();  // shared memory towards this warpgroup's wgmma, global memory towards the others' TMA
     ptx::sync_warpgroup(w + 1);
@@ -251,7 +256,8 @@ struct Linear {
       } else {
         uint32_t own_h = 0;
         if (kColumn0 && unit.n == 0) {
-          float hacc[RP == 0 ? 1 : RP / 2] = {};  // set here: a wgmma that ignores its old value would keep 32 registers alive round the whole loop, and spill
+          float hacc[RP == 0 ? 1 : RP / 2] =
+              {};  // set here: a wgmma that ignores its old value would keep 32 registers alive round the whole loop, and spill
           if constexpr (kColumn0) {
             base<true>(acc, hacc, w, true, false);
             publish(hacc, panel, w, thread, m);
@@ -275,6 +281,11 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_consta
   extern __shared__ uint8_t raw[];
   const uint32_t skip = (1024 - (ptx::smem(raw) & 1023)) & 1023, data = ptx::smem(raw) + skip, staging = data + Kernel::Pipe::kDataBytes;
   typename Kernel::Pipe pipe(data, raw + skip + Kernel::Pipe::kDataBytes + Kernel::Smem::kStaging, args.cluster);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&maps.x);
+    ptx::prefetch_map(&maps.w);
+    ptx::prefetch_map(&maps.y);
+  }
   pipe.init();
   Kernel kernel{maps, args, pipe, staging};
   const int warpgroup = threadIdx.x / 128;

@@ -12,7 +12,9 @@ constexpr Element element_of = std::is_same_v<T, __nv_bfloat16> ? Element::bf16 
 template <int BN, int RP>
 constexpr int kSlotsOf = RP == 0 ? (BN == 128 ? 6 : 4) : 3;
 template <int BN, int RP>
-constexpr int kPanelsOf = RP == 0 ? (BN == 192 ? 3 : 2) : RP > 32 ? 2 : 4;
+constexpr int kPanelsOf = RP == 0   ? (BN == 192 ? 3 : 2)
+                          : RP > 32 ? 2
+                                    : 4;
 
 template <class T, int BN, bool MN, int RP, bool MASKED>
 struct LinearInstance {
@@ -37,7 +39,8 @@ struct LinearInstance {
     maps.x = tensor_map(call, "x", c.element, c.x, c.M, c.K, kTileM, kBlockK);
     maps.y = tensor_map(call, "y", c.element, c.y, c.M, c.N, 64, 64);
     const auto columns = [&](const char* what, const Matrix& m, int depth) {
-      return MN ? tensor_map(call, what, c.element, m, depth, c.N, kBlockK / c.cluster, kChunk) : tensor_map(call, what, c.element, m, c.N, depth, BN / c.cluster, kBlockK);
+      return MN ? tensor_map(call, what, c.element, m, depth, c.N, kBlockK / c.cluster, kChunk)
+                : tensor_map(call, what, c.element, m, c.N, depth, BN / c.cluster, kBlockK);
     };
     maps.w = columns("w", c.w, c.K);
     if (c.R > 0) {
@@ -46,14 +49,18 @@ struct LinearInstance {
     }
     if constexpr (RP > 0) {
       constexpr auto swizzle = !MN || RP == 64 ? MapSwizzle::b128 : RP == 32 ? MapSwizzle::b64 : MapSwizzle::b32;
-      maps.a = MN ? tensor_map(call, "a", c.element, c.a, c.K, c.R, kBlockK, RP, swizzle) : tensor_map(call, "a", c.element, c.a, c.R, c.K, RP, kBlockK, swizzle);
+      maps.a = MN ? tensor_map(call, "a", c.element, c.a, c.K, c.R, kBlockK, RP, swizzle)
+                  : tensor_map(call, "a", c.element, c.a, c.R, c.K, RP, kBlockK, swizzle);
     }
     const int rows = ceil_div(ceil_div(c.M, kTileM), c.cluster), cols = ceil_div(c.N, BN);
     const LinearArgs args{c.M, c.N, c.K, c.R, c.cluster, c.scale, {rows, cols, c.group_m, RP > 0}, c.bias, c.h, c.mask, c.sync};
-    const int clusters = std::min(sms / c.cluster, args.raster.units());
     static std::atomic<uint64_t> done{0};
     allow_shared_memory(call, reinterpret_cast<const void*>(entry), Smem::kBytes, done);
-    launch(call, entry, Launch{clusters * c.cluster, kThreads, Smem::kBytes, c.cluster, c.dependent, stream}, maps, args);
+    Launch l{0, kThreads, Smem::kBytes, c.cluster, c.dependent, stream};
+    // The static order deals a share to every cluster: one that has to wait for an SM would double the time.
+    const int clusters = resident_clusters(reinterpret_cast<const void*>(entry), l, sms / c.cluster);
+    l.grid = std::min(clusters, args.raster.units()) * c.cluster;
+    launch(call, entry, l, maps, args);
   }
 
   static inline const Registered registered{name(), Smem::kBytes, reinterpret_cast<const void*>(entry)};
@@ -75,10 +82,14 @@ LinearRun instance() {
 template <class T, bool MN>
 LinearRun update_instance(const LinearCall& c) {
   switch (c.block_n) {
-    case 256: return instance<T, 256, MN>();
-    case 192: return instance<T, 192, MN>();
-    case 128: return instance<T, 128, MN>();
-    default: return nullptr;
+    case 256:
+      return instance<T, 256, MN>();
+    case 192:
+      return instance<T, 192, MN>();
+    case 128:
+      return instance<T, 128, MN>();
+    default:
+      return nullptr;
   }
 }
 

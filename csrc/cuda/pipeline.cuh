@@ -11,9 +11,9 @@
 // Fences: TMA and st.async completions are ordered before the end of their barrier's wait. A consumer warp arrives on empty[s] after wgmma.wait_group
 // said its reads of s are done (async proxy on both sides: no proxy fence). header[s] is written before the arrive on full[s] and read after
 // the wait; it is written again only after empty[s], on which its readers have arrived.
-// mail[i] is written again kMail claims later. Every tile pushes at least one slot and the ring has at most kMail - 1 slots, so by then the leader has waited for
-// the release of a slot that this CTA's producer filled after reading mail[i].
-// All barriers live in shared memory and are made anew by every launch: an aborted launch leaves nothing of them behind.
+// mail[i] is written again kMail claims later. Every tile pushes at least one slot and the ring has at most kMail - 1 slots, so by then the leader
+// has waited for the release of a slot that this CTA's producer filled after reading mail[i]. All barriers live in shared memory and are made anew by
+// every launch: an aborted launch leaves nothing of them behind.
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -107,7 +107,12 @@ struct Pipeline {
 
   // This warp no longer reads slot `s`: lane r tells CTA r of the cluster.
   __device__ __forceinline__ void release(int s) {
-    if (threadIdx.x % 32 < cluster) ptx::barrier_arrive_at(empty + 8 * s, threadIdx.x % 32);
+    const uint32_t lane = threadIdx.x % 32;
+    if (cluster == 1) {  // the CTA feeds itself, whatever cluster it stands in
+      if (lane == 0) ptx::barrier_arrive(empty + 8 * s);
+    } else if (lane < cluster) {
+      ptx::barrier_arrive_at(empty + 8 * s, lane);
+    }
   }
 };
 

@@ -11,7 +11,9 @@ __device__ __forceinline__ uint32_t smem(const void* p) { return static_cast<uin
 
 // ---- mbarriers --------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals)); }
+__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
+}
 
 // Makes the inits visible to the async proxy and to the other CTAs of the cluster; a cluster barrier must follow.
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -33,23 +35,26 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t bar, uint32_t rank) {
       : "memory");
 }
 
-constexpr int kTrapAfterTries = 1 << 24;
+constexpr unsigned long long kTrapAfterNanoseconds = 20'000'000'000;
 
-// Waits until the phase of this parity has completed. A wait that nothing can end is a bug of this library: after some seconds the kernel traps, so
-// the caller sees a CUDA error, not a hang. One asm block: with the loop in C++ ptxas 13.0 serialised the wgmmas and spilled (C7512).
+// Waits until the phase of this parity has completed. A wait that nothing can end is a bug of this library: the kernel then traps, so the caller sees
+// a CUDA error, not a hang. One asm block: with the loop in C++ ptxas 13.0 serialised the wgmmas and spilled (C7512).
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
-      "{.reg .pred done, again; .reg .u32 tries;\n"
-      "mov.u32 tries, 0;\n"
+      "{.reg .pred done, again; .reg .u64 start, now;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE_%=;\n"
+      "mov.u64 start, %%globaltimer;\n"
       "WAIT_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE_%=;\n"
-      "add.u32 tries, tries, 1;\n"
-      "setp.lt.u32 again, tries, %2;\n"
+      "mov.u64 now, %%globaltimer;\n"
+      "sub.u64 now, now, start;\n"
+      "setp.lt.u64 again, now, %2;\n"
       "@again bra WAIT_%=;\n"
       "trap;\n"
       "DONE_%=:}" ::"r"(bar),
-      "r"(parity), "n"(kTrapAfterTries)
+      "r"(parity), "n"(kTrapAfterNanoseconds)
       : "memory");
 }
 
@@ -59,21 +64,24 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volat
 
 // Box at (inner, outer) of `map` to shared memory; its bytes, zero fill included, complete on `bar`.
 __device__ __forceinline__ void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int inner, int outer) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map), "r"(bar),
-               "r"(inner), "r"(outer)
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map),
+               "r"(bar), "r"(inner), "r"(outer)
                : "memory");
 }
 
 // The same to the same offsets (dst and bar) in every CTA of `ctas`, one bit per rank.
 __device__ __forceinline__ void tma_load_multicast(uint32_t dst, const CUtensorMap* map, uint32_t bar, int inner, int outer, uint16_t ctas) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
-               "l"(map), "r"(bar), "r"(inner), "r"(outer), "h"(ctas)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
+          dst),
+      "l"(map), "r"(bar), "r"(inner), "r"(outer), "h"(ctas)
+      : "memory");
 }
 
 // Shared memory to the box at (inner, outer); what lies outside the tensor is not written.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t src, int inner, int outer) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(inner), "r"(outer) : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(inner), "r"(outer)
+               : "memory");
 }
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N>  // at most N of this thread's groups still read shared memory
@@ -157,6 +165,11 @@ __device__ __forceinline__ int load_acquire(const int* p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
+}
+__device__ __forceinline__ unsigned long long nanoseconds() {
+  unsigned long long t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
 }
 __device__ __forceinline__ int fetch_add(int* p, int v) {
   int old;

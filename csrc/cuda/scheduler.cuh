@@ -17,7 +17,8 @@ constexpr int kNoMore = -1;
 
 // A unit is what one cluster computes at a time: `cluster` tiles, one above the other, in one column of tiles.
 struct Unit {
-  int m, n;  // m counts units: CTA `rank` of the cluster has tile row m * cluster + rank. That row may lie past M: TMA then reads zeros and drops stores.
+  int m, n;  // m counts units: CTA `rank` of the cluster has tile row m * cluster + rank. That row may lie past M: TMA then reads zeros and drops
+             // stores.
 };
 
 // The order of the units. Columns run fastest inside a group of `group_m` rows, so that a wave of CTAs shares rows of x and columns of W in L2.
@@ -47,8 +48,8 @@ LK_HD int static_unit(int round, int cluster, int clusters, int units) {
 }
 
 // Ticket order: each claim takes the next number, so numbers are handed out in order to clusters that are running.
-// Every cluster stops at its first number past the units; so exactly units + clusters numbers are drawn, and who draws the last one resets the counter:
-// nobody draws after that in this launch, and the next launch in the stream starts after this one has ended.
+// Every cluster stops at its first number past the units; so exactly units + clusters numbers are drawn, and who draws the last one resets the
+// counter: nobody draws after that in this launch, and the next launch in the stream starts after this one has ended.
 LK_HD int ticket_unit(int ticket, int units) { return ticket < units ? ticket : kNoMore; }
 LK_HD bool last_ticket(int ticket, int units, int clusters) { return ticket == units + clusters - 1; }
 

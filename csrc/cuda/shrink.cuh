@@ -1,14 +1,14 @@
 // h = scale * drop(x) A^T in one pass over x, and with dropout the packed keep mask; also g = s dy B.
 //
 // Shapes: x [M, K], A [R, K] (or with MN: [K, R]), h [M, R], mask int32 [M, ceil(K / 32)], seed int64 [1].
-// Grid: one cluster of `split` CTAs per 128 rows; CTA r takes the r-th share of the K blocks. Bound by HBM: `split` fills the machine when M is small.
-// Memory: x once; A once per CTA, from L2; h and mask written once. M (K + R) elements + M K / 8 bytes.
-// Numerics: fp32 accumulator, h rounded once; the shares are added in rank order: same bits every run.
-// Source: Philox once per 8 elements (one 16-byte chunk of a row), never in the GEMM; cluster reduction in place of split-K buffers.
+// Grid: one cluster of `split` CTAs per 128 rows; CTA r takes the r-th share of the K blocks. Bound by HBM: `split` fills the machine when M is
+// small. Memory: x once; A once per CTA, from L2; h and mask written once. M (K + R) elements + M K / 8 bytes. Numerics: fp32 accumulator, h rounded
+// once; the shares are added in rank order: same bits every run. Source: Philox once per 8 elements (one 16-byte chunk of a row), never in the GEMM;
+// cluster reduction in place of split-K buffers.
 //
 // The ring's barriers are those of pipeline.cuh with a cluster of 1 (each CTA feeds itself). Dropped elements are zeroed in the slot by ordinary
-// stores: each thread fences them towards the async proxy, then the warpgroup's barrier, then wgmma reads. The reduction writes fp32 partials over the
-// ring, after this CTA has consumed everything that TMA wrote there; a cluster barrier stands before the reads by the other CTAs and one after.
+// stores: each thread fences them towards the async proxy, then the warpgroup's barrier, then wgmma reads. The reduction writes fp32 partials over
+// the ring, after this CTA has consumed everything that TMA wrote there; a cluster barrier stands before the reads by the other CTAs and one after.
 // No flags in global memory.
 #pragma once
 #include "api.h"

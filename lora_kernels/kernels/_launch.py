@@ -44,11 +44,12 @@ class Launcher:
         self.raw = None
 
     def __call__(self, stream: int, described: Sequence[Tensor], pointers: Sequence[Tensor | None], floats: Sequence[float] = ()) -> None:
-        if self.raw is None or knobs.runtime.launch_enter_hook is not None:  # a profiler's hook wants Triton's own launch
+        hook = knobs.runtime.launch_enter_hook
+        if self.raw is None or getattr(hook, "calls", hook):  # a profiler's hook wants Triton's own launch
             self._first(described, pointers, floats)
             return
         args: list = []
-        for maps, tensor, block in zip(self.maps, described, self.blocks):
+        for maps, tensor, block in zip(self.maps, described, self.blocks, strict=False):
             address = tensor.data_ptr()
             args += maps.get(address) or self._describe(maps, address, tensor, block)
         args += [p if p is None else p.data_ptr() for p in pointers]
@@ -112,10 +113,9 @@ def precision(dtype: torch.dtype) -> str:
 
 def regular(*tensors: Tensor) -> bool:
     """Whether these 2-D tensors are 16-bit with contiguous rows, base and row pitch multiples of 16 bytes (what TMA can describe)."""
-    for t in tensors:
-        if t.element_size() != 2 or t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) < t.shape[1] or t.data_ptr() % 16:
-            return False
-    return True
+    return all(
+        t.element_size() == 2 and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0 for t in tensors
+    )
 
 
 def programs(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,7 @@ class TilePlan(NamedTuple):
 
 
 PREFILL = TilePlan(128, 128, 64, 8, 3)
-PREFILL_SM80 = TilePlan(128, 128, 32, 8, 4)  # BK 64 spills 40 bytes there
-INVARIANT = TilePlan(64, 128, 64, 8, 3)  # for every M: a row's sums have one order
+SMALL = TilePlan(64, 128, 64, 8, 3)  # sm_80, where 128 x 128 spills; and every M under batch_invariant, so that a row's sums have one order
 FLOAT32 = TilePlan(64, 64, 32, 4, 2)
 EXPAND = TilePlan(64, 128, 64, 8, 2)
 
@@ -78,6 +78,19 @@ def scratch(device: torch.device, words: int) -> Tensor:
         if not (on_gpu and torch.cuda.is_current_stream_capturing()):
             _scratch[key] = kept
     return kept
+
+
+def on_its_device(run):
+    """Triton launches on the current device: make it that of the first argument."""
+
+    @functools.wraps(run)
+    def guarded(first, *rest):
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return run(first, *rest)
+        with torch.cuda.device(first.device):
+            return run(first, *rest)
+
+    return guarded
 
 
 def _precision(x: Tensor) -> str:
@@ -182,9 +195,7 @@ def _rows(t: Tensor) -> Tensor:
 def _tile_plan(x: Tensor, batch_invariant: bool) -> TilePlan:
     if x.dtype == torch.float32:
         return FLOAT32
-    if batch_invariant:
-        return INVARIANT
-    return PREFILL if _major(x.device) >= 9 else PREFILL_SM80
+    return SMALL if batch_invariant or _major(x.device) < 9 else PREFILL
 
 
 def _decodes(M: int, block: int, batch_invariant: bool, weights, pools_a, pools_b) -> bool:
@@ -200,9 +211,8 @@ def _cut(t: Tensor | None, run: range) -> Tensor | None:
     return None if t is None else t[run.start : run.stop]
 
 
-def lora_batched_fwd(
-    x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant
-):
+@on_its_device
+def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
     """As `reference_batched.lora_batched_fwd`, without dropout."""
     x, M = _rows(x), x.shape[0]
     widths = [w.shape[0] for w in weights]
@@ -222,6 +232,7 @@ def lora_batched_fwd(
     return y, h, mask
 
 
+@on_its_device
 def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_invariant):
     """As `reference_batched.lora_shrink`. Up to 256 rows the work is split along K, summed in a fixed order."""
     x, S = _rows(x), len(pools_a)
@@ -234,6 +245,7 @@ def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, bat
     return h
 
 
+@on_its_device
 def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
     """As `reference_batched.lora_expand`. h is cast here: cast in the kernel it would be a register operand of wgmma."""
     if y.shape[0] == 0:
@@ -247,10 +259,11 @@ def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
         _launch_tiles(yg, yg, h[s], [], None, pools_b[s], _cut(ranks, run), table, block, plan, False)
 
 
+@on_its_device
 def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
     """As `reference_batched.lora_batched_bwd`, without dropout. dx is the forward kernel with (W, A, B) -> (W^T, B^T, A^T)."""
     dy, x = _rows(dy), _rows(x)
-    S, (M, K), R, L = len(weights), x.shape, h.shape[2], pools_a[0].shape[0]
+    M, R, L = x.shape[0], h.shape[2], pools_a[0].shape[0]
     at = _batch_table.layout(M, L, block)
     dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
     das = [p.new_zeros(p.shape) for p in pools_a] if need_da else []

@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .batched_prefill import pick, rank_of, slice_of
+from .batched_prefill import jit, pick, rank_of, slice_of
 
 TICKET, GROUPS, EXITS, COUNTERS = (tl.constexpr(v) for v in range(4))
 
@@ -88,7 +88,7 @@ def h_unit(
                 tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
 
 
-@triton.jit
+@jit
 def shrink_kernel(
     x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
     o_order, o_blk_start, o_blk_len, o_blk_adapter, RC,
@@ -112,7 +112,7 @@ def shrink_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def decode_kernel(
     x_ptr, y_ptr, h_ptr, hpart_ptr, part_ptr, lora_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, ws, biases, as_, bs, Ns, sbls,
     M, K, R, sxm, sym, swn, sal, sar, shs, shm, sbn, srk, ssc,

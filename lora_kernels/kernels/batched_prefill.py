@@ -9,15 +9,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What follows from M and the table's layout: specialised, every new batch size could mean a new compile in the middle of serving.
+UNSPECIALISED = [
+    "M",
+    "P",
+    "B",
+    "srk",
+    "ssc",
+    "max_groups",
+    "o_order",
+    "o_seg_of",
+    "o_seg_start",
+    "o_seg_adapter",
+    "o_blk_start",
+    "o_blk_len",
+    "o_blk_adapter",
+]
+
+
+def jit(fn):
+    """`triton.jit` with the arguments of UNSPECIALISED that `fn` has left as they come."""
+    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    return triton.jit(fn, do_not_specialize=[name for name in UNSPECIALISED if name in names])
+
 
 @triton.jit
 def pick(items, i, S: tl.constexpr):
     """items[i] for a run-time i, items being a tuple of S <= 3 pointers or numbers."""
     chosen = items[0]
-    if S > 1:
+    if S > 1:  # noqa: SIM102  S is known when compiling, i is not
         if i == 1:
             chosen = items[1]
-    if S > 2:
+    if S > 2:  # noqa: SIM102
         if i == 2:
             chosen = items[2]
     return chosen
@@ -53,7 +76,7 @@ def rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS: tl.constexpr):
     return r
 
 
-@triton.jit
+@jit
 def batched_linear_kernel(
     x_ptr, y_ptr, h_ptr, table_ptr, ranks_ptr, ws, biases, bs, Ns, sbls,
     M, K, R, sxm, sym, swn, swk, sbn, sbr, shs, shm, srk,
@@ -138,7 +161,7 @@ def batched_linear_kernel(
         tl.store(yp, acc.to(y_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@jit
 def segment_reduce_kernel(
     u_ptr, v_ptr, out_ptr, table_ptr, ranks_ptr, i, C, R, sum_, svm, sol, sor, soc, srk,
     o_order, o_seg_start, o_seg_adapter,

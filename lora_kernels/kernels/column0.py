@@ -121,7 +121,7 @@ class Column0:
         num_m = -(-M // BM)
         self.flags = 1 + 2 * num_m
         blocks = ((BM, BK), (BN, BK) if transposed else (BK, BN), (BR, BK) if transposed else (BK, BR), (BM, BN // 2))
-        constants = dict(BM=BM, BN=BN, BK=BK, BR=BR, GROUP_M=plan.group_m, TRANSPOSED=transposed, HAS_BIAS=bias is not None)
+        constants = {"BM": BM, "BN": BN, "BK": BK, "BR": BR, "GROUP_M": plan.group_m, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None}
         grid = (min(programs(x.device), num_m * -(-N // BN)),)
         ints = (M, N, K, R, *b.stride())
         self.launch = Launcher(column0_kernel, grid, blocks, ints, plan.warps, plan.stages, **constants, PRECISION=precision(x.dtype))

@@ -41,8 +41,9 @@ def shrink_kernel(
     Grid: (ceil(M / BM), ceil(R / BR)). Every rank chunk reads x again; chunk 0 writes the mask.
     Memory: x once per rank chunk, A once per row block (from L2), h and mask written once: M (K + R) elements + M K / 8 bytes.
     Numerics: the tile is h^T, so that the masked x is the B operand: as A, wgmma would take it from registers, which ptxas serialises
-        (C7515) and before 13.3 is reported to miscompile. fp32 accumulator, h rounded once; the scaling and 1 / (1 - p), both in `scale`, multiply the fp32 sum. No atomics: same bits.
-    Source: dropout by Philox4x32-7 (arXiv, SC'11 "Parallel random numbers: as easy as 1, 2, 3"), 8 x 16 bits a call.
+        (C7515) and before 13.3 is reported to miscompile. fp32 accumulator, h rounded once; the scaling and 1 / (1 - p), both in `scale`,
+        multiply the fp32 sum. No atomics: same bits.
+    Source: dropout by Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), 8 x 16 bits a call.
     """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rr = tl.program_id(1) * BR + tl.arange(0, BR)

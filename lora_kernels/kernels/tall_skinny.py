@@ -90,14 +90,14 @@ class TallSkinny:
         columns = -(-P // BP) * -(-R // BR)
         # Two programs per SM keep the copy engines busy; never a split without rows, nor more partials than x itself weighs.
         self.splits = max(1, min(-(-2 * programs(x.device) // columns), -(-M // (4 * BM)), 16))
-        rows = -(-(-(-M // self.splits)) // BM) * BM
+        rows = triton.cdiv(triton.cdiv(M, self.splits), BM) * BM
         self.splits = -(-M // rows)
         self.n = P * R
         self.scale = keep_scale(dropout_p)
         strides = (1, P) if transposed else (R, 1)
         grid = (-(-P // BP), self.splits, -(-R // BR))
         ints = (M, P, R, rows, *x.stride(), *strides)
-        constants = dict(BM=BM, BP=BP, BR=BR, MASKED=dropout_p > 0, PRECISION=precision(x.dtype))
+        constants = {"BM": BM, "BP": BP, "BR": BR, "MASKED": dropout_p > 0, "PRECISION": precision(x.dtype)}
         self.launch = Launcher(tall_skinny_kernel, grid, (), ints, warps, 3, **constants)
         self.sum = Launcher(sum_splits_kernel, (-(-self.n // 1024),), (), (self.n, self.splits), 4, 2, BLOCK=1024)
 

@@ -187,8 +187,8 @@ class Update:
         self.tma = plan.form != "pointer"
         self.keep_scale = keep_scale(dropout_p)
         tiles = -(-M // BM) * -(-N // BN)
-        same = dict(BM=BM, BN=BN, BK=BK, BR=BR, ONE_STEP=R <= BR, GROUP_M=plan.group_m, HAS_BIAS=bias is not None)
-        same |= dict(MASKED=dropout_p > 0, PRECISION=precision(x.dtype))
+        same = {"BM": BM, "BN": BN, "BK": BK, "BR": BR, "ONE_STEP": R <= BR, "GROUP_M": plan.group_m, "HAS_BIAS": bias is not None}
+        same |= {"MASKED": dropout_p > 0, "PRECISION": precision(x.dtype)}
         if self.tma:
             self.transposed = w.stride(0) == 1
             blocks = ((BM, BK), (BN, BK) if self.transposed else (BK, BN), (BM, BN // 2))

@@ -30,6 +30,15 @@ def as_ids(op: str, ids: Tensor) -> Tensor:
     return ids.reshape(-1).to(torch.int32).contiguous()
 
 
+def _build(ids: Tensor, L: int, block: int, out: Tensor) -> Tensor:
+    """The table in one launch where decode batches need it to be cheap, else in PyTorch."""
+    if ids.device.type == "cuda" and 0 < ids.shape[0] <= _batch_table.DECODE_ROWS and _device.has_module("triton"):
+        from ..kernels import batched_table
+
+        return batched_table.build(ids, L, block, out)
+    return _batch_table.build(ids, L, block, out)
+
+
 class BatchMeta:
     """The adapter of every row, with the sort order, segments and token blocks that GPU kernels need.
 
@@ -53,7 +62,7 @@ class BatchMeta:
         self.table = None
         if ids.device.type != "cpu":  # CPU kernels sort the ids themselves
             size = _batch_table.layout(ids.shape[0], num_adapters, self.block).size
-            self.table = _batch_table.build(self.ids, num_adapters, self.block, ids.new_empty(size))
+            self.table = _build(self.ids, num_adapters, self.block, ids.new_empty(size))
 
     @property
     def num_tokens(self) -> int:
@@ -70,5 +79,5 @@ class BatchMeta:
         check_ids("BatchMeta.update_", ids, self.num_adapters)
         self.ids.copy_(ids)
         if self.table is not None:
-            _batch_table.build(self.ids, self.num_adapters, self.block, self.table)
+            _build(self.ids, self.num_adapters, self.block, self.table)
         return self

@@ -1,7 +1,7 @@
 """The CPU plan: which form of the large product runs a (op, dtype, M, N, K).
 
 From the measured table of this instruction set (`configs/cpu_<isa>.json`, exact shape first, then the nearest in log space), else a rule of
-thumb. `lora-kernels tune --device cpu` measures a table for the user's machine; the search is `search_cpu`.
+thumb. `lora-kernels tune --device cpu` measures a table for the user's machine (`store.user_folder`).
 """
 
 from __future__ import annotations
@@ -10,23 +10,33 @@ import contextlib
 import functools
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._errors import LoraValueError, message
+from . import store
+
 FORMS = ("in_place", "panels", "torch")  # lk::Form; torch: PyTorch computes the large product, the kernels the rank-R parts
 DTYPES = ("float32", "bfloat16", "float16")  # lk::Dtype
-CONFIGS = Path(__file__).parent / "configs"
 NEAR = math.log(4)  # a table row speaks for shapes whose N * K is within this factor
 
 _isa = ""
 _forced: str | None = None
 
 
-def user_table(isa: str) -> Path:
-    """Where `lora-kernels tune` writes: `$XDG_CACHE_HOME/lora_kernels`, by default under ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "lora_kernels" / f"cpu_{isa}.json"
+def table_name(isa: str) -> str:
+    return f"cpu_{isa}.json"
+
+
+def read_rows(path: Path, isa: str) -> list[dict]:
+    """The rows of one table. Raises LoraValueError for another instruction set's, or one with forms this build lacks."""
+    content = json.loads(path.read_text())
+    if content["isa"] != isa:
+        raise LoraValueError(message("it belongs to another instruction set", repr(content["isa"]), repr(isa), "run `lora-kernels tune` here"))
+    unknown = {form for row in content["rows"] for _, form in row["forms"]} - set(FORMS)
+    if unknown or any(min(row["N"], row["K"], *(M for M, _ in row["forms"])) < 1 for row in content["rows"]):
+        raise LoraValueError(message("its rows cannot be used", sorted(unknown) or "a size below 1", ", ".join(FORMS)))
+    return content["rows"]
 
 
 def reset(isa: str = "") -> None:
@@ -52,10 +62,7 @@ def forced(name: str) -> Iterator[None]:
 
 @functools.cache
 def _rows(isa: str) -> list[dict]:
-    for path in (user_table(isa), CONFIGS / f"cpu_{isa}.json"):
-        if path.is_file():
-            return json.loads(path.read_text())["rows"]
-    return []
+    return next(store.readable(table_name(isa), lambda path: read_rows(path, isa)), [])
 
 
 def _rule(op: str, M: int) -> str:

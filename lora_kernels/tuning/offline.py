@@ -63,7 +63,7 @@ def _source(launcher: _launch.Launcher, args: list) -> ASTSource:
     """The kernel with the signature Triton would derive from these arguments."""
     fn = launcher.fn
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(fn.params, [*args, *[None] * (len(fn.params) - len(args))])):
+    for i, (parameter, value) in enumerate(zip(fn.params, [*args, *[None] * (len(fn.params) - len(args))], strict=False)):
         name = parameter.name
         if parameter.is_constexpr:
             value = launcher.constants[name]
@@ -146,7 +146,7 @@ class Layer:
 
 
 ARCHS = (80, 90, 100)
-_ODD = dict(N=4097, K=4095)
+_ODD = {"N": 4097, "K": 4095}
 
 
 def gate(arch: int) -> list[Layer]:

@@ -1,7 +1,7 @@
 """Measured plans: one JSON table per GPU, looked up exactly, then at the nearest measured M in log space; else the heuristic.
 
-A table is `{"gpu": ..., "entries": [{"op", "M", "N", "K", "R", "dtype", "dropout", "plan": {Plan's fields}, "us": {...}}, ...]}`.
-Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`) in `LORA_KERNELS_CACHE` or ~/.cache/lora_kernels, and win.
+A table is `{"device": ..., "entries": [{"op", "M", "N", "K", "R", "dtype", "dropout", "plan": {Plan's fields}, "us": {...}}, ...]}`.
+Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`) in `LORA_KERNELS_CACHE`, by default ~/.cache/lora_kernels, and win.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +22,7 @@ from .. import _device
 from .._errors import LoraValueError, message, warn_once
 from .plan import FORMS, IMPLEMENTATIONS, Plan, Problem, heuristic
 
+T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "configs"
 Table = dict[tuple, list[tuple[int, Plan]]]
 
@@ -31,7 +34,9 @@ def table_name(gpu: str) -> str:
 
 def user_folder() -> Path:
     """Where this user's measured tables lie."""
-    return Path(os.environ.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")
+    if os.environ.get("LORA_KERNELS_CACHE"):
+        return Path(os.environ["LORA_KERNELS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
 
 
 def _key(problem: Problem) -> tuple:
@@ -50,28 +55,39 @@ def read_plan(raw: dict) -> Plan:
     return plan
 
 
-def read_table(path: Path) -> Table:
-    """The entries of one JSON table, by everything but M; each list ascending in M."""
+def read_entries(path: Path, device: str) -> list[dict]:
+    """The entries of one JSON table. Raises LoraValueError for a table of another device."""
+    content = json.loads(path.read_text())
+    if content["device"] != device:
+        raise LoraValueError(message("it belongs to another device", repr(content["device"]), repr(device), "run `lora-kernels tune` here"))
+    return content["entries"]
+
+
+def read_table(path: Path, device: str) -> Table:
+    """The plans of one table, by everything but M; each list ascending in M."""
     table: Table = {}
-    for entry in json.loads(path.read_text())["entries"]:
+    for entry in read_entries(path, device):
         dtype = getattr(torch, entry["dtype"])
         problem = Problem(entry["op"], entry["M"], entry["N"], entry["K"], entry["R"], dtype, entry.get("dropout", False))
         table.setdefault(_key(problem), []).append((problem.M, read_plan(entry["plan"])))
     return {key: sorted(rows, key=lambda row: row[0]) for key, rows in table.items()}
 
 
-@functools.cache
-def tables(gpu: str) -> tuple[Table, ...]:
-    """The user's table and the shipped one, where they exist. A damaged table is left out, with one logged reason."""
-    found = []
+def readable(name: str, read: Callable[[Path], T]) -> Iterator[T]:
+    """The user's table of this file name and the shipped one, where they exist. A damaged or foreign one is left out, with one logged reason."""
     for folder in (user_folder(), SHIPPED):
-        path = folder / table_name(gpu)
+        path = folder / name
         if path.is_file():
             try:
-                found.append(read_table(path))
+                yield read(path)
             except (LoraValueError, ValueError, KeyError, TypeError, AttributeError) as error:
                 warn_once(f"tuning table {path} is not used: {type(error).__name__}: {error}")
-    return tuple(found)
+
+
+@functools.cache
+def tables(gpu: str) -> tuple[Table, ...]:
+    """The tables of this GPU, the user's first."""
+    return tuple(readable(table_name(gpu), lambda path: read_table(path, gpu)))
 
 
 def look_up(table: Table, problem: Problem) -> Plan | None:

@@ -23,7 +23,9 @@ int host_static_unit(int round, int cluster, int clusters, int units) { return s
 int host_ticket_unit(int ticket, int units) { return ticket_unit(ticket, units); }
 int host_last_ticket(int ticket, int units, int clusters) { return last_ticket(ticket, units, clusters); }
 int host_last_taker(int before, int cols) { return last_taker(before, cols); }
-int host_ring(int slots, int pushes) { return slots == 3 ? ring<3>(pushes) : slots == 4 ? ring<4>(pushes) : slots == 6 ? ring<6>(pushes) : ring<8>(pushes); }
+int host_ring(int slots, int pushes) {
+  return slots == 3 ? ring<3>(pushes) : slots == 4 ? ring<4>(pushes) : slots == 6 ? ring<6>(pushes) : ring<8>(pushes);
+}
 int host_steps_of(int block, int extent) { return steps_of(block, extent); }
 
 uint32_t host_swizzled(int row, int chunk) { return swizzled(row, chunk); }

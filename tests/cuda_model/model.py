@@ -1,7 +1,7 @@
 """A model of the CUDA kernels' producers, consumers, barriers and flags that runs on the CPU in random interleavings.
 
-Decisions (which unit, which slot, which phase, who resets) come from the kernels' own headers through `host`; this file only adds what the hardware does:
-mbarriers with transaction counts, TMA boxes that land some time later, and threads that make progress in any order.
+Decisions (which unit, which slot, which phase, who resets) come from the kernels' own headers through `host`; this file only adds what
+the hardware does: mbarriers with transaction counts, TMA boxes that land some time later, and threads that make progress in any order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-WARPS = 4
+WARPS = 4  # of a consumer warpgroup
 
 
 class Barrier:
@@ -103,7 +103,7 @@ class Simulation:
     # ---- producer thread and consumer warpgroup: generators that yield while they wait
 
     def boxes(self, unit, block: int, is_rank: bool) -> list[str]:
-        """Boxes that one CTA loads for itself; "w0" and "w1" are the shares of W or B, each multicast to the whole cluster. The shares it receives from the others count in its bytes too."""
+        """Boxes that one CTA loads for itself. Besides, "w0" and "w1" are the shares of W or B, each multicast to the whole cluster."""
         own_h = self.p.column0 and unit[1] == 0
         return (["x", "a"] if own_h else ["x"]) if not is_rank else ([] if own_h else ["h"])
 
@@ -165,7 +165,7 @@ class Simulation:
                     if kind == "h" and p.column0:
                         while self.memory.ready.get(m, 0) < 2:
                             yield
-                        assert (m, 0) in self.memory.published and (m, 1) in self.memory.published
+                        assert {(m, 0), (m, 1)} <= self.memory.published
                         before = self.memory.taken.get(m, 0)
                         self.memory.taken[m] = before + 1
                         if host.last_taker(before, p.cols):
@@ -238,8 +238,8 @@ class Simulation:
             while waiting and len(running) < (p.resident or p.clusters):
                 index = waiting.pop()
                 ctas = [Cta(p) for _ in range(p.cluster)]
-                agents = [self.producer(ctas, r, index) for r in range(p.cluster)]
-                running[index] = agents + [self.consumer(ctas, r, w) for r in range(p.cluster) for w in range(2)]
+                actors = [self.producer(ctas, r, index) for r in range(p.cluster)]
+                running[index] = actors + [self.consumer(ctas, r, w) for r in range(p.cluster) for w in range(2)]
             choices = len(self.flying) + sum(map(len, running.values()))
             pick = self.random.randrange(choices)
             if pick < len(self.flying):
@@ -247,13 +247,13 @@ class Simulation:
                 idle = 0
                 continue
             before = self.snapshot()
-            index, agents = self.random.choice(list(running.items()))
-            agent = self.random.choice(agents)
+            index, actors = self.random.choice(list(running.items()))
+            actor = self.random.choice(actors)
             for _ in range(self.random.randrange(1, 12)):
-                if next(agent, "end") == "end":
-                    agents.remove(agent)
+                if next(actor, "end") == "end":
+                    actors.remove(actor)
                     break
-            if not agents:
+            if not actors:
                 del running[index]
             idle = idle + 1 if before == self.snapshot() else 0
             assert idle < 4000, f"deadlock: {p}"

@@ -84,21 +84,21 @@ def operands(case: Case) -> dict:
             return (torch.randn(columns + 3, 2 * rows, generator=generator) * scale).to(of)[3:, ::2].t()
         return (torch.randn(rows, columns, generator=generator) * scale).to(of)
 
-    return dict(
-        x=normal(case.M, case.K, dtype),
-        weight=normal(case.N, case.K, dtype, case.K**-0.5),
-        bias=torch.randn(case.N, generator=generator).to(dtype) if case.bias else None,
-        lora_a=normal(case.R, case.K, adapter, case.K**-0.5),
-        lora_b=normal(case.N, case.R, adapter),
-        dy=normal(case.M, case.N, dtype),
-    )
+    return {
+        "x": normal(case.M, case.K, dtype),
+        "weight": normal(case.N, case.K, dtype, case.K**-0.5),
+        "bias": torch.randn(case.N, generator=generator).to(dtype) if case.bias else None,
+        "lora_a": normal(case.R, case.K, adapter, case.K**-0.5),
+        "lora_b": normal(case.N, case.R, adapter),
+        "dy": normal(case.M, case.N, dtype),
+    }
 
 
 def run(backend, t: dict, case: Case, h=None) -> dict:
     seed = torch.tensor([0x123456789ABCDEF])
     y, h, mask = backend.lora_linear_fwd(t["x"], t["weight"], t["bias"], t["lora_a"], t["lora_b"], 0.5, case.p, seed if case.p else None)
     args = (t["dy"], t["x"], t["weight"], t["lora_a"], t["lora_b"], h, mask, 0.5, case.p, True, True, True)
-    return dict(zip(("y", "h", "mask", "dx", "da", "db"), (y, h, mask, *backend.lora_linear_bwd(*args))))
+    return dict(zip(("y", "h", "mask", "dx", "da", "db"), (y, h, mask, *backend.lora_linear_bwd(*args)), strict=False))
 
 
 def rmse(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -115,7 +115,8 @@ def test_matches_float64(case: Case, force) -> None:
     assert torch.equal(got["mask"], exact["mask"])
     floor = torch.finfo(DTYPES[case.dtype]).eps / 4
     for name in ("y", "h", "dx", "da", "db"):
-        assert got[name].dtype == eager[name].dtype and got[name].shape == eager[name].shape
+        assert got[name].dtype == eager[name].dtype
+        assert got[name].shape == eager[name].shape
         error, allowed = rmse(got[name], exact[name]), 2 * rmse(eager[name], exact[name]) + floor
         assert error <= allowed, f"{name}: relative RMSE {error:.2e}, allowed {allowed:.2e}"
     assert all(not flags.any() for flags in _launch._workspaces.values()), "sync flags are left as they were found: zero"
@@ -157,8 +158,10 @@ def test_column0_with_one_column_publishes_nothing(force) -> None:
 def test_no_rows(p: float) -> None:
     case = Case("tma", "fp16", 0, 24, 40, 8, p=p)
     got = run(lora_linear, operands(case), case)
-    assert got["y"].shape == (0, 24) and got["dx"].shape == (0, 40)
-    assert not got["da"].any() and not got["db"].any()
+    assert got["y"].shape == (0, 24)
+    assert got["dx"].shape == (0, 40)
+    assert not got["da"].any()
+    assert not got["db"].any()
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=["dx", "da", "db"])
@@ -170,7 +173,7 @@ def test_only_what_is_needed(form: str, needs: tuple, force) -> None:
     _, h, mask = lora_linear.lora_linear_fwd(t["x"], t["weight"], None, t["lora_a"], t["lora_b"], 0.5, 0.0, None)
     full = run(reference, t, case)
     grads = lora_linear.lora_linear_bwd(t["dy"], t["x"], t["weight"], t["lora_a"], t["lora_b"], h, mask, 0.5, 0.0, *needs)
-    for needed, grad, name in zip(needs, grads, ("dx", "da", "db")):
+    for needed, grad, name in zip(needs, grads, ("dx", "da", "db"), strict=False):
         assert (rmse(grad, full[name].double()) < 2e-3) if needed else grad.numel() == 0
 
 
@@ -192,5 +195,7 @@ def test_everything_dropped(force) -> None:
     case = Case("pointer", "fp32", 17, 33, 40, 8, p=1.0)
     t = operands(case)
     got, want = run(lora_linear, t, case), run(reference, t, case)
-    assert not got["h"].any() and not got["mask"].any() and not got["da"].any()
+    assert not got["h"].any()
+    assert not got["mask"].any()
+    assert not got["da"].any()
     assert rmse(got["y"], want["y"].double()) < 1e-6

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_kernels import _batch_table
-from lora_kernels.kernels import batched
+from lora_kernels.kernels import batched, batched_table
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may have; CUDA C++ Programming Guide, compute capabilities
@@ -82,22 +83,24 @@ OTHERS = [
 ]
 
 
+class Recorder:
+    """Stands for a kernel and notes its launches."""
+
+    def __init__(self, fn, launches: list):
+        self.fn, self.launches = fn, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.fn, args, options))
+
+
 def recorded(call: Call, arch: int, monkeypatch) -> list[tuple]:
     """(kernel, arguments, options) of every launch of `call`."""
     launches: list[tuple] = []
-
-    class Recorder:
-        def __init__(self, fn):
-            self.fn = fn
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: launches.append((self.fn, args, options))
-
     with monkeypatch.context() as patch:
         patch.setattr(batched, "_sms", lambda device: 132)
         patch.setattr(batched, "_major", lambda device: arch // 10)
         for name in KERNELS:
-            patch.setattr(batched, name, Recorder(getattr(batched, name)))
+            patch.setattr(batched, name, Recorder(getattr(batched, name), launches))
         call.run()
     batched._scratch.clear()
     return launches
@@ -113,6 +116,8 @@ def source(fn, args: tuple, options: dict) -> ASTSource:
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return TYPES[value.dtype]
+        if fn.params[path[0]].do_not_specialize:
+            return "i32"
         if value == 1:
             constants[path] = 1
             return "constexpr"
@@ -156,12 +161,24 @@ def gate(call: Call, arch: int, monkeypatch) -> list[tuple[str, dict]]:
     return [(fn.__name__, compiled(arch, fn, args, options)) for fn, args, options in found.values()]
 
 
+def check(name: str, arch: int, report: dict) -> None:
+    what = f"sm_{arch} {name} {report['registers']} registers"
+    assert report["spills"] == 0, f"{what}: {report['spills']} bytes spilled"
+    assert report["shared"] <= SHARED_LIMIT[arch], f"{what}: {report['shared']} bytes of shared memory"
+    assert not report["notes"], f"{what}: ptxas {report['notes']}"
+    assert report["register_a"] == 0, f"{what}: {report['register_a']} wgmma with A in registers"
+
+
 @pytest.mark.parametrize("call", LLAMA + OTHERS, ids=str)
 def test_compiles_within_the_chip(call, monkeypatch):
     for arch in SHARED_LIMIT:
         for name, report in gate(call, arch, monkeypatch):
-            what = f"sm_{arch} {name} {report['registers']} registers"
-            assert report["spills"] == 0, f"{what}: {report['spills']} bytes spilled"
-            assert report["shared"] <= SHARED_LIMIT[arch], f"{what}: {report['shared']} bytes of shared memory"
-            assert not report["notes"], f"{what}: ptxas {report['notes']}"
-            assert report["register_a"] == 0 or arch != 90, f"{what}: {report['register_a']} wgmma with A in registers"
+            check(name, arch, report)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_table_compiles(arch, monkeypatch):
+    launches: list[tuple] = []
+    monkeypatch.setattr(batched_table, "table_kernel", Recorder(batched_table.table_kernel, launches))
+    batched_table.build(torch.empty(256, dtype=torch.int32, device="meta"), 64, 16, torch.empty(9, dtype=torch.int32, device="meta"))
+    check("table_kernel", arch, compiled(arch, *launches[0]))

@@ -22,4 +22,5 @@ def test_compiles_within_the_chip(layer: offline.Layer) -> None:
         assert report.register_a == 0, f"{what}: {report.register_a} wgmma with A in registers"
         if report.kernel in ("update_tma_kernel", "column0_kernel"):
             product = "HGMMA" if report.arch == 90 else "UTCHMMA"
-            assert report.opcodes[product] and report.opcodes["UTMALDG"] and report.opcodes["UTMASTG"], what
+            missing = [name for name in (product, "UTMALDG", "UTMASTG") if not report.opcodes.get(name)]
+            assert not missing, f"{what}: no {missing}"

@@ -1,0 +1,96 @@
+"""Host microseconds per call of `lora_linear`, beside F.linear in the same run: `pytest benchmarks/bench_host_overhead.py`.
+
+With a GPU: asynchronous calls on it at a size whose kernels are shorter than the launch (the queue never fills). Without one: the same host
+code on a driver that launches nothing (tests/triton/fake_cuda.py), and F.linear on the CPU with one row of 8 numbers, which is little more
+than dispatch and allocation. The driver's own launch cost is then in none of the figures. Run it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+pytest.importorskip("pytest_benchmark")
+
+import lora_kernels as lk
+from lora_kernels.ops import _registry
+
+M, N, K, R = 64, 64, 64, 16
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def operands():
+    torch.set_num_threads(1)
+    if not ON_GPU:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "triton"))
+        import fake_cuda
+
+        fake_cuda.install(Path(tempfile.mkdtemp()))
+        _registry._SERVES["triton"] = ("cpu",)
+    shapes = (M, K), (N, K), (N,), (R, K), (N, R)
+    return [torch.randn(shape).to("cuda" if ON_GPU else "cpu", torch.bfloat16) for shape in shapes]
+
+
+def run(benchmark, call) -> None:
+    call()
+    benchmark.pedantic(call, rounds=50, iterations=200, warmup_rounds=5)
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def tiny(operands) -> tuple:
+    x, weight, bias = operands[:3]
+    return (x, weight, bias) if ON_GPU else (x[:1, :8].float(), weight[:8, :8].float(), bias[:8].float())
+
+
+def test_f_linear(benchmark, operands) -> None:
+    x, weight, bias = tiny(operands)
+    with torch.no_grad():
+        run(benchmark, lambda: F.linear(x, weight, bias))
+
+
+def test_f_linear_autograd(benchmark, operands) -> None:
+    x, weight, bias = tiny(operands)
+    x = x.clone().requires_grad_()
+    run(benchmark, lambda: F.linear(x, weight, bias))
+
+
+def test_lora_linear(benchmark, operands) -> None:
+    x, weight, bias, a, b = operands
+    with torch.no_grad():
+        run(benchmark, lambda: lk.lora_linear(x, weight, bias, a, b, 0.5, backend="triton", strict=True))
+
+
+def test_lora_linear_autograd(benchmark, operands) -> None:
+    x, weight, bias, a, b = operands
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    run(benchmark, lambda: lk.lora_linear(x, weight, bias, a, b, 0.5, backend="triton", strict=True))
+
+
+def test_through_the_dispatcher(benchmark, operands) -> None:
+    """What the lean path saves: the torch.library op itself, which torch.compile and dispatch modes go through."""
+    x, weight, bias, a, b = operands
+    op = torch.ops.lora_kernels.lora_linear_fwd.default
+    run(benchmark, lambda: op(x, weight, bias, a, b, 0.5, 0.0, None, "triton", True))
+
+
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "tritons_own"])
+def test_one_launch(benchmark, operands, lean) -> None:
+    """The column-0 kernel alone: 4 descriptors, 4 pointers, 7 numbers, 8 constexprs."""
+    from lora_kernels.kernels._launch import workspace
+    from lora_kernels.kernels.column0 import Column0
+    from lora_kernels.tuning.plan import Plan
+
+    x, weight, bias, a, b = operands
+    y, h = x.new_empty(M, N), x.new_empty(M, R)
+    launch = Column0(Plan("triton", "column0", 128, 128, 64, 8, 3), x, weight.t(), bias, b.t(), y).launch
+    args = ((x, weight, a, y), (bias, h, b, workspace(x.device, 0, 3)), (0.5,))
+    launch._first(*args)
+    run(benchmark, (lambda: launch(0, *args)) if lean else (lambda: launch._first(*args)))

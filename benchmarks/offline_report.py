@@ -1,0 +1,86 @@
+"""The tables of docs/measured.md "Triton kernels": `python benchmarks/offline_report.py`, no GPU needed (about 3 minutes on 2 cores).
+
+Registers, spills, shared memory and opcodes are read from offline compiles with Triton's own ptxas. The predictions are a cost model:
+time = max(FLOPs / 790e12, bytes / 4.3e12) per launch, launches one after the other; both rates were measured on one H200 with other code.
+They are what the measured times are to be held against, and no measurement.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lora_kernels.tuning import offline
+from lora_kernels.tuning.plan import BYTES, FLOPS
+
+OPCODES = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS")
+
+
+def compiled() -> str:
+    """One row per kernel and configuration, one column per architecture: registers / bytes of shared memory, the most of its variants."""
+    rows: dict[tuple, dict[int, offline.Report]] = {}
+    spills = 0
+    for arch in offline.ARCHS:
+        for layer in offline.gate(arch):
+            dtype = str(layer.dtype).removeprefix("torch.")
+            for r in offline.reports(layer):
+                spills += r.spills + len(r.warnings) + r.register_a
+                cell = rows.setdefault((r.kernel.removesuffix("_kernel"), f"{dtype} {r.config}".replace("num_", "")), {})
+                if arch not in cell or r.registers > cell[arch].registers:
+                    cell[arch] = r
+        print(f"sm_{arch} done", file=sys.stderr, flush=True)
+    lines = ["| kernel | configuration | " + " | ".join(f"sm_{arch}" for arch in offline.ARCHS) + " | opcodes on sm_90 |"]
+    lines.append("|---" * (3 + len(offline.ARCHS)) + "|")
+    for (kernel, config), cell in sorted(rows.items()):
+        figures = [f"{cell[arch].registers} / {cell[arch].shared}" if arch in cell else "" for arch in offline.ARCHS]
+        opcodes = cell[90].opcodes if 90 in cell else {}
+        shown = " ".join(f"{name} {opcodes[name]}" for name in OPCODES if opcodes.get(name))
+        lines.append(f"| {kernel} | {config} | {' | '.join(figures)} | {shown} |")
+    lines.append(f"\n{len(rows)} configurations; bytes spilled + C75xx warnings + wgmma with A in registers, all together: {spills}.")
+    return "\n".join(lines)
+
+
+def floor(flops: float, moved: float) -> float:
+    """Microseconds."""
+    return 1e6 * max(flops / FLOPS, moved / BYTES)
+
+
+def shrink(M: int, columns: int, R: int) -> float:
+    """h or g: x or dy read once."""
+    return floor(2 * M * columns * R, 2 * (M * columns + M * R))
+
+
+def reduction(M: int, columns: int, R: int) -> float:
+    """dA or dB: x or dy read once, 8 splits of fp32 partials written and read."""
+    return floor(2 * M * columns * R, 2 * (M * columns + M * R) + 2 * 8 * columns * R * 4)
+
+
+def predicted(M: int, N: int, K: int, R: int, dropout: bool) -> tuple[float, float, float]:
+    """cuBLAS alone, forward and forward + backward of this design, in us (16-bit operands)."""
+    gemm = floor(2 * M * N * K, 2 * (M * K + N * K + M * N))
+    rank = 2 * M * N * R / FLOPS * 1e6  # the rank-R product rides on the base GEMM, in y and in dx
+    # wgmma takes at least 16 of its 128 clocks for a narrow product; only tiles of output column 0 pay it
+    column0 = gemm * max(16, R / 2) / 128 / -(-N // 256)
+    bits = M * K / 8 if dropout else 0
+    masked = bits / BYTES * 1e6
+    fused = R <= 64 and not dropout
+    forward = gemm + rank + (column0 if fused else shrink(M, K, R) + masked)
+    dx = gemm + rank + (gemm * max(16, R / 2) / 128 / -(-K // 256) if fused else shrink(M, N, R) + masked)
+    backward = dx + reduction(M, K, R) + masked + reduction(M, N, R)
+    return gemm, forward, forward + backward
+
+
+def predictions() -> str:
+    lines = ["| M x N x K | R | dropout | base GEMM, us | forward, us (ratio) | forward + backward, us (ratio) |", "|---|---|---|---|---|---|"]
+    for M, N, K in ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336)):
+        for R in (16, 64):
+            for dropout in (False, True):
+                gemm, forward, both = predicted(M, N, K, R, dropout)
+                ratios = f"{forward:.0f} ({forward / gemm:.3f}) | {both:.0f} ({both / (2 * gemm):.3f})"
+                lines.append(f"| {M} x {N} x {K} | {R} | {'0.05' if dropout else '0'} | {gemm:.0f} | {ratios} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(predictions())
+    print()
+    print(compiled())

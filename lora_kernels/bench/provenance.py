@@ -1,0 +1,78 @@
+"""Where figures come from: commit, versions, device, clocks as read, date, threads."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .. import _device, _env
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
+
+
+def _read(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with "+changes" when tracked files other than results differ from it; None outside a checkout."""
+    if not (ROOT / ".git").exists():  # installed elsewhere, perhaps inside somebody else's repository
+        return None
+    head = _read("git", "rev-parse", "HEAD")
+    changed = _read("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    return head and head + ("+changes" if changed else "")
+
+
+@functools.cache
+def _cpu() -> dict:
+    info = Path("/proc/cpuinfo")
+    mhz = re.search(r"^cpu MHz\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return {"name": _device.cpu_name(), "cores": os.cpu_count(), "isa": torch.backends.cpu.get_cpu_capability(), "mhz": mhz and mhz[1]}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _device.cpu_name()
+
+
+def folder_name(device: torch.device) -> str:
+    """The results folder: "nvidia-h200", or a CPU with its thread count, "amd-epyc-2-threads"."""
+    name = device_name(device) if device.type == "cuda" else f"{device_name(device)} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def clocks(device: torch.device) -> dict | None:
+    """What the GPU reports at this moment, unchanged by us."""
+    if device.type != "cuda":
+        return None
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "driver_version")
+    answer = _read("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={device.index or 0}")
+    return dict(zip(fields, answer.split(", "), strict=False)) if answer else None
+
+
+def collect(device: torch.device) -> dict:
+    """Plain data, written into every results file."""
+    versions = {name: found for name in PACKAGES if (found := _env.version(name))}
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {**versions, "cuda": torch.version.cuda},
+        "device": {"type": device.type, "name": device_name(device)},
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "clocks_before": clocks(device),
+    }

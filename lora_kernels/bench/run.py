@@ -1,0 +1,126 @@
+"""`lora-kernels bench`: measure, print, write JSON, draw."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .. import _device
+from . import contestants, contestants_batched, plots, provenance, records, report, roofs, shapes, steps
+from .measure import measure
+
+GRIDS = {"quick": shapes.quick, "cpu": shapes.cpu, "gpu": shapes.gpu, "full": shapes.full}
+BUDGET = {"quick": 0.7, "cpu": 2.0, "gpu": 0.6, "full": 1.0}  # seconds of timing per case
+MODELS = {"quick": (steps.QUICK,), "cpu": (steps.QUICK, steps.CPU), "gpu": (steps.GPU,), "full": (steps.GPU,)}
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lora-kernels bench", description="Speed and memory against PyTorch and PEFT, each checked against float64."
+    )
+    parser.add_argument("--quick", action="store_true", help="one projection of a small model: under 90 s on 2 cores")
+    parser.add_argument("--full", action="store_true", help="every model, projection, rank, token count and mode; hours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--suite", choices=records.SUITES, action="append", help="only this one; may be repeated")
+    parser.add_argument(
+        "--out", type=Path, help="folder for JSON and PNG; default benchmarks/results/<device> in a checkout, else ./lora-kernels-bench/<device>"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--minutes", type=float, help="start no further case after this time; what was measured is kept")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="only draw the plots of an existing results folder")
+    return parser.parse_args(argv)
+
+
+def default_folder(device: torch.device, quick: bool) -> Path:
+    """A quick run goes beside the full results of its device, never over them."""
+    checkout = provenance.ROOT / "benchmarks"
+    root = checkout / "results" if checkout.is_dir() else Path("lora-kernels-bench")
+    return root / (provenance.folder_name(device) + ("-quick" if quick else ""))
+
+
+SHARES = {"linear": 5, "batched": 3, "steps": 2}  # of the time that is left, among the suites that are still to run
+
+
+class _Clock:
+    """Deals out `--minutes`: no suite starves the next."""
+
+    def __init__(self, minutes: float | None, suites: list[str]):
+        self.end = time.monotonic() + 60 * minutes if minutes else None
+        self.suites = list(suites)
+
+    def deadline(self, suite: str) -> float:
+        """When the last case of this suite may start; call it as the suite begins."""
+        if self.end is None:
+            return float("inf")
+        rest = self.suites[self.suites.index(suite) :]
+        now = time.monotonic()
+        return now + (self.end - now) * SHARES[suite] / sum(SHARES[s] for s in rest)
+
+
+def _cases(suite: str, grid: str) -> list:
+    if suite == "steps":
+        return list(MODELS[grid])
+    linear, batched = GRIDS[grid]()
+    return linear if suite == "linear" else batched
+
+
+def _measure(suite: str, case, device: torch.device, budget: float) -> dict:
+    if suite == "steps":
+        return steps.measure(case, device)
+    who = contestants.contestants() if suite == "linear" else contestants_batched.contestants()
+    return measure(case, who, device, budget)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(sys.argv[1:] if argv is None else argv)
+    out = report.console()
+    if args.plots:
+        for path in plots.draw(args.plots):
+            out.print(f"wrote {path}")
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    grid = "quick" if args.quick else "full" if args.full else "gpu" if device.type == "cuda" else "cpu"
+    folder = args.out or default_folder(device, args.quick)
+    out.print(f"{provenance.device_name(device)}, {torch.get_num_threads()} CPU threads; every contestant is checked against float64 first")
+    where = provenance.collect(device)
+    ceilings = {"bytes_per_s": roofs.bandwidth(device), "flops_per_s": {d: roofs.flops(device, d) for d in ("bfloat16", "float32")}}
+    tera = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in ceilings["flops_per_s"].items())
+    out.print(f"ceilings measured here: {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, {tera}")
+
+    suites = args.suite or list(records.SUITES)
+    clock, cut = _Clock(args.minutes, suites), []
+    for suite in suites:
+        why = steps.missing() if suite == "steps" else None
+        if why:
+            out.print(f"{suite}: left out, {why}")
+            continue
+        writer, cases, deadline = records.Writer(folder, suite, where, ceilings), _cases(suite, grid), clock.deadline(suite)
+        for done, case in enumerate(cases):
+            if time.monotonic() > deadline:
+                cut.append(f"{suite} after {done} of {len(cases)} cases")
+                break
+            record = _measure(suite, case, device, BUDGET[grid])
+            writer.add(record)
+            report.print_record(out, suite, record)
+        writer.close(complete=len(writer.data["records"]) == len(cases), clocks_after=provenance.clocks(device))
+    files = records.read_folder(folder)
+    report.print_end(out, files)
+    if cut:
+        out.print(f"cut off by --minutes {args.minutes:g}: {'; '.join(cut)}; the files hold what was measured (complete: false)")
+    if _device.has_module("matplotlib"):
+        for path in plots.draw(folder):
+            out.print(f"wrote {path}")
+    else:
+        out.print("no plots: matplotlib is not installed (pip install 'lora-kernels[bench]')")
+    out.print(f"wrote {', '.join(f'{folder / suite}.json' for suite in files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""`lora-kernels tune`: measure the plans that fit this device and write the fastest ones into a table; can be stopped and resumed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .._errors import LoraValueError, message
+from ..tuning import store
+from . import provenance, report, shapes
+
+DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
+
+
+class Target(Protocol):
+    """One kind of device and its plans. A job is the JSON form of a problem; a table entry is the job and its outcome."""
+
+    device: torch.device
+    tokens: tuple[int, ...]  # default M
+
+    def missing(self) -> str | None: ...
+
+    def head(self) -> dict[str, str]:
+        """What the table says of its owner, {key: name}; a table that says otherwise is another device's."""
+        ...
+
+    def file_name(self) -> str: ...
+
+    def jobs(self, sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict]: ...
+
+    def measure(self, job: dict) -> dict:
+        """What is added to the job to make a table entry."""
+        ...
+
+    def pack(self, entries: list[dict]) -> dict:
+        """The body of the table file; `unpack` is its inverse."""
+        ...
+
+    def unpack(self, data: dict) -> list[dict]: ...
+
+
+def target(device: torch.device) -> Target:
+    if device.type == "cuda":
+        from .tune_gpu import GpuTarget
+
+        return GpuTarget(device)
+    from .tune_cpu import CpuTarget
+
+    return CpuTarget()
+
+
+def sizes_of(models: list[str]) -> list[tuple[int, int]]:
+    """The distinct (K, N) of these models' projections."""
+    return sorted({size for model in models for size in shapes.projections(model).values()})
+
+
+class TableFile:
+    """The table being written: entries already there are kept, each new one is saved at once."""
+
+    def __init__(self, path: Path, tuned: Target, again: bool):
+        self.path, self.tuned = path, tuned
+        self.entries = self._read() if path.is_file() and not again else []
+
+    def _read(self) -> list[dict]:
+        fix = "move it away, or pass --again to write it anew"
+        try:
+            data = json.loads(self.path.read_text())
+            owner = {key: data[key] for key in self.tuned.head()}
+            entries = self.tuned.unpack(data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise LoraValueError(message(f"{self.path} is damaged", f"{type(error).__name__}: {error}", fix=fix)) from error
+        if owner != self.tuned.head():
+            raise LoraValueError(message(f"{self.path} belongs to another device", owner, self.tuned.head(), fix))
+        return entries
+
+    def has(self, job: dict) -> bool:
+        return any(all(entry.get(key) == value for key, value in job.items()) for entry in self.entries)
+
+    def add(self, entry: dict, where: dict) -> None:
+        self.entries.append(entry)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({**self.tuned.head(), "provenance": where, **self.tuned.pack(self.entries)}, indent=1) + "\n")
+        os.replace(part, self.path)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lora-kernels tune", description="Measure which plan is fastest on this device, and remember it.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--model", choices=sorted(shapes.MODELS), action="append", help=f"whose projections; default {', '.join(DEFAULT_MODELS)}")
+    parser.add_argument("--size", metavar="KxN", action="append", help="a projection from K to N features, instead of a model's; may be repeated")
+    parser.add_argument("--tokens", type=int, action="append", help="an M to measure; may be repeated")
+    parser.add_argument("--rank", type=int, action="append", help="an R to measure; may be repeated")
+    parser.add_argument("--ship", action="store_true", help="write into the package (tuning/configs) instead of the user's cache folder")
+    parser.add_argument("--again", action="store_true", help="forget what the table holds and measure anew")
+    return parser.parse_args(argv)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    try:
+        k, n = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise LoraValueError(message("--size is no size", repr(text), "KxN, e.g. 4096x14336")) from None
+    return k, n
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(sys.argv[1:] if argv is None else argv)
+    out = report.console()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tuned = target(device)
+    why = tuned.missing()
+    if why:
+        print(f"lora-kernels tune: nothing to tune on {device.type}: {why}", file=sys.stderr)
+        return 2
+    name = provenance.device_name(device)
+    path = (store.SHIPPED if args.ship else store.user_folder()) / tuned.file_name()
+    table = TableFile(path, tuned, args.again)
+    sizes = [_parse_size(text) for text in args.size] if args.size else sizes_of(args.model or list(DEFAULT_MODELS))
+    jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))
+    todo = [job for job in jobs if not table.has(job)]
+    out.print(f"{name}: {len(jobs)} problems, {len(jobs) - len(todo)} of them already in {path}")
+    where = provenance.collect(device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("measuring", total=len(todo))
+        for job in todo:
+            progress.update(task, description=" ".join(f"{key} {value}" for key, value in job.items()))
+            outcome = tuned.measure(job)
+            table.add({**job, **outcome}, where)
+            progress.advance(task)
+            if not sys.stdout.isatty():
+                out.print(" ".join(f"{key} {value}" for key, value in job.items()), "->", outcome.get("chosen", ""))
+    out.print(f"wrote {path}" if todo else f"nothing new: {path} has all of it (--again measures anew)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The CPU's plans: which form of the large product the native engine runs, each checked against float64 before it is timed."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from .. import testing
+from ..ops import _registry
+from ..tuning import cpu as plan
+from .problem import SCALING, count_sets, exact, operands
+from .shapes import Case
+from .timing import quantile, time_cpu
+from .tune_gpu import best
+
+_ROW = ("op", "dtype", "N", "K")
+
+
+class CpuTarget:
+    device = torch.device("cpu")
+    tokens = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
+    rank = 16
+
+    def missing(self) -> str | None:
+        found = _registry.provider("cpu")
+        if isinstance(found, str):
+            return found
+        return None if "lora_linear_fwd" in found.OPS else "the CPU engine has no lora_linear yet"
+
+    def head(self) -> dict[str, str]:
+        return {"isa": _registry.provider("cpu").isa()}
+
+    def file_name(self) -> str:
+        return plan.table_name(self.head()["isa"])
+
+    def pack(self, entries: list[dict]) -> dict:
+        """One row per (op, dtype, N, K) with its forms by ascending M, as `tuning.cpu` reads it."""
+        rows: dict[tuple, list] = {}
+        for entry in entries:
+            rows.setdefault(tuple(entry[key] for key in _ROW), []).append([entry["M"], entry["chosen"]])
+        return {
+            "threads": torch.get_num_threads(),
+            "rows": [dict(zip(_ROW, key, strict=True)) | {"forms": sorted(forms)} for key, forms in rows.items()],
+        }
+
+    def unpack(self, data: dict) -> list[dict]:
+        return [{**{key: row[key] for key in _ROW}, "M": M, "chosen": form} for row in data["rows"] for M, form in row["forms"]]
+
+    def jobs(self, sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict]:
+        """The forms hardly depend on the rank: the lowest asked for stands for all."""
+        self.rank = min(ranks)
+        return [
+            {"op": op, "dtype": dtype, "N": N, "K": K, "M": M}
+            for K, N in sizes
+            for dtype in ("bfloat16", "float32")
+            for op in ("fwd", "bwd")
+            for M in tokens
+        ]
+
+    def measure(self, job: dict) -> dict:
+        forward = job["op"] == "fwd"
+        case = Case("tune", job["op"], job["M"], job["K"], job["N"], self.rank, mode="forward" if forward else "forward+backward", dtype=job["dtype"])
+        sets = [operands(case, self.device, seed) for seed in range(count_sets(case, self.device))]
+        name, dtype = ("y" if forward else "dx"), getattr(torch, job["dtype"])
+        truth, eager = exact(case, sets[0])[name], exact(case, sets[0], dtype=dtype)[name]
+        provider = _registry.provider("cpu")
+        run = provider.OPS["lora_linear_fwd" if forward else "lora_linear_bwd"][0]
+        h = eager.new_empty(case.M, case.R)
+        mask = torch.empty(0, dtype=torch.int32)
+
+        forced = [0]
+
+        def forced_form(*_: object) -> int:
+            return forced[0]
+
+        def call(form: int, i: int):
+            ops, forced[0] = sets[i % len(sets)], form
+            x, w, a, b = ops.x.detach(), ops.weight, ops.lora_a, ops.lora_b
+            if forward:
+                return run(x, w, None, a, b, SCALING, 0.0, None)[0]
+            return run(ops.dy, x, w, a, b, h, mask, SCALING, 0.0, True, False, False)[0]
+
+        heuristic = plan.form(job["op"], provider.DTYPES[dtype], job["M"], job["N"], job["K"])
+        rows = 128 if forward else 32  # above, reading the weights in place again for every row block cannot win
+        forms = [i for i, form in enumerate(plan.FORMS) if form != "in_place" or rows >= case.M]
+        forms.sort(key=lambda form: form != heuristic)  # the heuristic's first
+        calls, skipped = {}, {}
+        with mock.patch.object(plan, "form", forced_form):
+            for form in forms:
+                ratio = testing.error_ratio(call(form, 0), eager, truth)
+                if ratio <= testing.ALLOWED_RATIO:
+                    calls[plan.FORMS[form]] = lambda i, form=form: call(form, i)
+                else:
+                    skipped[plan.FORMS[form]] = f"wrong: {ratio:.1f} times plain PyTorch's error"
+            times = time_cpu(calls, len(sets), budget=0.3)
+        return {"chosen": best(times), "us": {name: 1e6 * quantile(t, 0.5) for name, t in times.items()}, "skipped": skipped}

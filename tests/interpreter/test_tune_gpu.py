@@ -1,0 +1,52 @@
+"""The GPU tuner on CPU tensors: every candidate it would time gives the right y or dx under the plan it is forced to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_kernels import _device
+from lora_kernels.bench import tune_gpu
+
+JOB = {"M": 40, "N": 48, "K": 64, "R": 8, "dtype": "float16"}
+
+
+@pytest.fixture
+def target(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=232_448))
+    monkeypatch.setattr(_device, "cuda_capability", lambda index: (9, 0))
+    monkeypatch.setattr(tune_gpu, "TILES", ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)))
+
+    def run_once(calls, sets, budget):
+        return {name: [float(call(0).isfinite().all())] for name, call in calls.items()}, {}
+
+    monkeypatch.setattr(tune_gpu, "time_cuda", run_once)
+    made = tune_gpu.GpuTarget(torch.device("cuda"))
+    made.device = torch.device("cpu")
+    return made
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("op", ["fwd", "dx"])
+def test_every_candidate_is_right_under_its_plan(target, op, dropout):
+    outcome = target.measure({**JOB, "op": op, "dropout": dropout})
+    assert outcome["skipped"] == {}
+    forms = {"tma", "pointer"} if dropout else {"column0", "tma", "pointer"}
+    assert {name.split()[0] for name in outcome["us"]} == {"torch", *forms}
+    assert set(outcome["us"].values()) == {1e6}  # what was timed gave finite numbers
+
+
+def test_wrong_candidate_is_skipped(target, monkeypatch):
+    prepare = tune_gpu._prepare
+
+    def spoiled(plan, *rest):
+        run = prepare(plan, *rest)
+        return (lambda: 1.05 * run()) if plan.block_m == 32 else run
+
+    monkeypatch.setattr(tune_gpu, "_prepare", spoiled)
+    outcome = target.measure({**JOB, "op": "fwd", "dropout": False})
+    assert outcome["skipped"]
+    assert all("32x32" in name and "wrong" in why for name, why in outcome["skipped"].items())
+    assert not any("32x32" in name for name in outcome["us"])

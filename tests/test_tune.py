@@ -1,0 +1,233 @@
+"""The tuner: what it tries, what it writes and resumes, which files it and the lookup refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels import _errors
+from lora_kernels.bench import tune
+from lora_kernels.bench.tune_gpu import best, candidates, fits, label
+from lora_kernels.tuning import cpu, store
+from lora_kernels.tuning.plan import Plan, Problem, heuristic
+
+LARGE = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+
+
+def test_candidates_start_with_the_heuristic_and_all_fit():
+    plans = candidates(LARGE, 90, 232_448, cuda=True)
+    assert plans[0] == heuristic(LARGE, 90)
+    assert {p.implementation for p in plans} == {"cuda", "torch", "triton"}
+    assert "cuda" not in {p.implementation for p in candidates(LARGE, 90, 232_448, cuda=False)}
+    assert len(set(map(label, plans))) == len(plans) > 10
+    assert all(fits(p, LARGE, 232_448) for p in plans if p.implementation == "triton")
+
+
+def test_what_cannot_fit_is_left_out():
+    assert not fits(Plan("triton", "tma", 128, 256, 64, 8, 3), LARGE, 101_376)  # 147456 bytes of tiles
+    assert not fits(Plan("triton", "tma", 128, 256, 64, 4, 3), LARGE, 232_448)  # 256 accumulators a thread
+    small = candidates(LARGE, 80, 101_376, cuda=False)
+    assert {p.form for p in small} == {"pointer"}
+    assert all(p.stages * p.block_k * (p.block_m + p.block_n) * 2 <= 101_376 for p in small if p.implementation == "triton")
+
+
+@pytest.mark.parametrize("R, dropout", [(128, False), (16, True)], ids=["rank-128", "dropout"])
+def test_column0_only_where_it_runs(R, dropout):
+    problem = Problem("fwd", 8192, 4096, 4096, R, torch.bfloat16, dropout)
+    assert "column0" not in {p.form for p in candidates(problem, 90, 232_448, cuda=False) if p.implementation == "triton"}
+
+
+def test_best_keeps_the_heuristic_within_the_spread():
+    assert best({"first": [1.0, 1.1, 0.9, 1.0], "other": [0.99, 1.05, 0.95, 0.98]}) == "first"
+    assert best({"first": [1.0, 1.1, 0.9, 1.0], "other": [0.5, 0.55, 0.45, 0.5]}) == "other"
+
+
+# -------------------------------------------------------------------------------------------------------------------- files
+
+
+class FakeTarget:
+    device, tokens = torch.device("cpu"), (1, 2)
+
+    def __init__(self):
+        self.measured: list[int] = []
+        self.stop_after = 99
+
+    def missing(self):
+        return None
+
+    def head(self):
+        return {"device": "Test CPU"}
+
+    def file_name(self):
+        return "test.json"
+
+    def pack(self, entries):
+        return {"entries": entries}
+
+    def unpack(self, data):
+        return data["entries"]
+
+    def jobs(self, sizes, tokens, ranks):
+        return [{"op": "fwd", "M": M, "N": N, "K": K} for K, N in sizes for M in tokens]
+
+    def measure(self, job):
+        if len(self.measured) == self.stop_after:
+            raise KeyboardInterrupt
+        self.measured.append(job["M"])
+        return {"chosen": "panels", "us": {}}
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    made = FakeTarget()
+    monkeypatch.setattr(tune, "target", lambda device: made)
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    return made
+
+
+ARGS = ["--device", "cpu", "--size", "64x32"]
+
+
+def _table(folder):
+    return folder / "test.json"
+
+
+def test_stopped_and_resumed(fake, tmp_path):
+    fake.stop_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(ARGS)
+    assert [e["M"] for e in json.loads(_table(tmp_path).read_text())["entries"]] == [1]
+    fake.stop_after = 99
+    assert tune.main(ARGS) == 0
+    assert fake.measured == [1, 2]
+    assert tune.main(ARGS) == 0
+    assert fake.measured == [1, 2]
+    data = json.loads(_table(tmp_path).read_text())
+    assert data["device"] == "Test CPU"
+    assert data["provenance"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("{", "is damaged"), ('{"entries": []}', "is damaged"), ('{"device": "Other", "entries": []}', "another device")],
+    ids=["cut", "old", "foreign"],
+)
+def test_tuner_refuses_damaged_and_foreign_files(fake, tmp_path, text, words):
+    _table(tmp_path).write_text(text)
+    with pytest.raises(lk.LoraValueError, match=f"{words}.*--again"):
+        tune.main(ARGS)
+    assert _table(tmp_path).read_text() == text
+    assert fake.measured == []
+    assert tune.main([*ARGS, "--again"]) == 0
+    assert fake.measured == [1, 2]
+
+
+@pytest.mark.parametrize("size", ["64", "axb", "1x2x3"])
+def test_size_that_is_none(fake, size):
+    with pytest.raises(lk.LoraValueError, match="KxN"):
+        tune.main(["--device", "cpu", "--size", size])
+
+
+# ------------------------------------------------------------------------------------------------------------------- lookup
+
+GOOD = {"op": "fwd", "N": 32, "K": 64, "R": 16, "dtype": "bfloat16", "dropout": False}
+PLAN = {"implementation": "triton", "form": "tma", "block_m": 128, "block_n": 128, "block_k": 64, "warps": 8, "stages": 4, "group_m": 8}
+
+
+@pytest.fixture
+def lookups(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    caches = (store.tables, cpu._rows, cpu.form, _errors.warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
+
+
+def _gpu_table(folder, device, entries):
+    (folder / store.table_name("Test GPU")).write_text(json.dumps({"device": device, "entries": entries}))
+
+
+@pytest.mark.parametrize("M, block_m", [(64, 64), (4096, 256), (256, 64), (1024, 256), (1, 64)], ids=lambda v: str(v))
+def test_lookup_is_exact_then_nearest_in_log_space(lookups, M, block_m):
+    _gpu_table(lookups, "Test GPU", [{**GOOD, "M": m, "plan": {**PLAN, "block_m": b}} for m, b in ((64, 64), (4096, 256))])
+    (table, *_) = store.tables("Test GPU")
+    assert store.look_up(table, Problem("fwd", M, 32, 64, 16, torch.bfloat16)).block_m == block_m
+    assert store.look_up(table, Problem("fwd", M, 32, 64, 17, torch.bfloat16)) is None
+
+
+BAD = {
+    "foreign": ("Other GPU", [], "another device"),
+    "unknown-field": ("Test GPU", [{**GOOD, "M": 1, "plan": {**PLAN, "colour": 1}}], "unknown plan field"),
+    "unknown-form": ("Test GPU", [{**GOOD, "M": 1, "plan": {**PLAN, "form": "spiral"}}], "unknown plan"),
+    "no-plan": ("Test GPU", [{**GOOD, "M": 1}], "KeyError"),
+}
+
+
+@pytest.mark.parametrize("device, entries, words", BAD.values(), ids=BAD)
+def test_bad_gpu_table_is_left_out_with_one_line(lookups, caplog, device, entries, words):
+    _gpu_table(lookups, device, entries)
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        assert store.tables("Test GPU") == ()
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+    assert "is not used" in caplog.text
+
+
+ROW = {"op": "fwd", "dtype": "float32", "N": 32, "K": 64}
+
+
+def _cpu_table(folder, rows, isa="avx2"):
+    (folder / cpu.table_name("avx2")).write_text(json.dumps({"isa": isa, "rows": rows}))
+
+
+def test_cpu_forms_come_from_the_users_table(lookups, monkeypatch):
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    _cpu_table(lookups, [{**ROW, "forms": [[1, "in_place"], [64, "torch"]]}])
+    assert [cpu.FORMS[cpu.form("fwd", 0, M, 32, 64)] for M in (1, 2, 500)] == ["in_place", "in_place", "torch"]
+
+
+BAD_ROWS = {
+    "foreign": ("avx512", [], "another instruction set"),
+    "unknown-form": ("avx2", [{**ROW, "forms": [[1, "spiral"]]}], "spiral"),
+    "size-0": ("avx2", [{**ROW, "N": 0, "forms": [[1, "torch"]]}], "a size below 1"),
+    "no-forms": ("avx2", [ROW], "KeyError"),
+}
+
+
+@pytest.mark.parametrize("isa, rows, words", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_cpu_table_is_left_out_with_one_line(lookups, monkeypatch, caplog, isa, rows, words):
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    monkeypatch.setattr(store, "SHIPPED", lookups / "none")
+    _cpu_table(lookups, rows, isa)
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        assert cpu.FORMS[cpu.form("fwd", 0, 500, 32, 64)] == "panels"  # the rule of thumb
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+
+
+def test_cpu_table_is_packed_as_it_is_read(lookups):
+    target = tune.target(torch.device("cpu"))
+    entries = [{**ROW, "M": M, "chosen": form} for M, form in ((64, "torch"), (1, "panels"))]
+    packed = target.pack(entries)
+    assert packed["rows"] == [{**ROW, "forms": [[1, "panels"], [64, "torch"]]}]
+    assert sorted(target.unpack(packed), key=lambda e: -e["M"]) == entries
+    _cpu_table(lookups, packed["rows"])
+    assert cpu.read_rows(lookups / cpu.table_name("avx2"), "avx2") == packed["rows"]
+
+
+def test_cpu_target_measures_every_form(monkeypatch):
+    target = tune.target(torch.device("cpu"))
+    if target.missing():
+        pytest.skip(target.missing())
+    (job,) = [j for j in target.jobs([(64, 48)], (3,), (16, 8)) if (j["op"], j["dtype"]) == ("bwd", "float32")]
+    assert target.rank == 8
+    outcome = target.measure(job)
+    assert set(outcome["us"]) == {"in_place", "panels", "torch"}
+    assert outcome["chosen"] in outcome["us"]
+    assert outcome["skipped"] == {}

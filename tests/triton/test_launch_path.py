@@ -1,0 +1,107 @@
+"""The lean launch hands the driver exactly what Triton's own launch hands it, and remembers what it may: seen on a driver that runs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PRELUDE = """
+import sys, tempfile, pathlib
+sys.path.insert(0, {folder!r})
+import fake_cuda, torch
+cuda = fake_cuda.install(pathlib.Path(tempfile.mkdtemp()))
+from lora_kernels.kernels import _launch, lora_linear
+from lora_kernels.ops import _registry
+import lora_kernels as lk
+_registry._SERVES["triton"] = ("cpu",)  # the fake driver takes CPU tensors
+empty = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype)
+"""
+
+
+def in_own_process(code: str) -> None:
+    prelude = PRELUDE.format(folder=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_lean_launch_equals_tritons_own() -> None:
+    """Grid, function, stream and every kernel parameter, for a descriptor kernel and for a pointer kernel."""
+    in_own_process("""
+for step, described, pointers, floats, parameters in (
+    # column0: 4 maps with 2 sizes and 2 strides each, 4 pointers, scale, M, N, K, R, two strides
+    ("column0", "x w a y", "bias h b sync", (0.5,), 4 * 5 + 4 + 1 + 6),
+    ("shrink", "", "x a h none none", (0.5,), 3 + 1 + 3),
+):
+    M, N, K, R = 192, 160, 80, 16
+    t = dict(x=empty(M, K), w=empty(N, K), a=empty(R, K), y=empty(M, N), bias=empty(N), h=empty(M, R), b=empty(N, R), none=None)
+    t["sync"] = _launch.workspace(t["x"].device, 0, 9)
+    plan = lora_linear.Plan("triton", "column0", 128, 128, 64, 8, 3)
+    made = lora_linear.Column0(plan, t["x"], t["w"].t(), t["bias"], t["b"].t(), t["y"]) if step == "column0" else lora_linear.Shrink(t["x"], t["a"])
+    args = ([t[n] for n in described.split()], [t[n] for n in pointers.split()], floats)
+    cuda.keep(0)
+    made.launch._first(*args)
+    cuda.keep(parameters)
+    made.launch._first(*args)
+    own, before = cuda.last(parameters), cuda.launches
+    assert made.launch.raw is not None, "this Triton's launcher was not recognised: calls fall back to its own path"
+    made.launch(0, *args)
+    assert cuda.launches == before + 1
+    assert cuda.last(parameters) == own, (step, own, cuda.last(parameters))
+    cuda.keep(0)
+""")
+
+
+def test_descriptors_are_encoded_once_per_address_and_follow_it() -> None:
+    in_own_process("""
+x, w, a, b = empty(192, 80), empty(160, 80), empty(16, 80), empty(160, 16)
+plan = lora_linear.Plan("triton", "column0", 128, 128, 64, 8, 3)
+lora_linear.store.choose = lambda problem, device: plan
+keep = []  # outputs stay alive, so that each call has a new y
+run = lambda x: keep.append(lora_linear.lora_linear_fwd(x, w, None, a, b, 0.5, 0.0, None))
+run(x), run(x)
+before = cuda.encoded
+run(x)
+assert cuda.encoded == before + 1, "only the new y"
+run(x.clone())
+assert cuda.encoded == before + 3, "a new x and a new y"
+cuda.keep(1)
+other = x.clone()
+run(other)
+assert cuda.last(1)[5] == other.data_ptr() % 2**32
+""")
+
+
+def test_public_function_launches_what_the_op_launches() -> None:
+    """The path without the dispatcher and the op itself, forward and backward, count the same launches."""
+    in_own_process("""
+x, w, a, b = empty(192, 80), empty(160, 80), empty(16, 80), empty(160, 16)
+a.requires_grad_(), b.requires_grad_(), x.requires_grad_()
+counts = []
+for dropout_p in (0.0, 0.0, 0.25, 0.25):
+    start = cuda.launches
+    y = lk.lora_linear(x, w, None, a, b, 0.5, dropout_p, backend="triton", strict=True)
+    forward = cuda.launches - start
+    y.backward(torch.zeros_like(y))
+    counts.append((forward, cuda.launches - start - forward))
+# no dropout: column0 | column0, two reductions of two launches each. Dropout at this size: cuBLAS for the GEMM, shrink for the mask.
+assert counts[0] == counts[1] == (1, 5) and counts[2] == counts[3] == (1, 6), counts
+with torch.no_grad():
+    start = cuda.launches
+    for _ in range(3):
+        lk.lora_linear(x, w, None, a, b, 0.5, backend="triton", strict=True)
+    assert cuda.launches == start + 3
+""")
+
+
+def test_workspace_is_one_per_stream_and_grows() -> None:
+    in_own_process("""
+cpu = torch.device("cpu")
+one, two = _launch.workspace(cpu, 1, 10), _launch.workspace(cpu, 2, 10)
+assert one.data_ptr() != two.data_ptr() and _launch.workspace(cpu, 1, 10) is one
+assert not one.any() and _launch.workspace(cpu, 1, 5000).numel() >= 5000
+""")

@@ -1,0 +1,133 @@
+"""`Checkpoint`: a PEFT adapter folder, opened, judged and ready to be copied tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from .._errors import LoraTypeError, LoraValueError, message
+from .peft_config import missing_targets, read_config
+from .tensor_file import TensorFile
+
+WEIGHTS = "adapter_model.safetensors"
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)")
+
+# Parts of a tensor's name that tell what kind of adapter it belongs to.
+_FOREIGN = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA on an embedding",
+    "modules_to_save": "a whole trained module",
+    "base_layer": "a base weight; save with save_embedding_layers=False",
+    "token_adapter": "trained token embeddings",
+}
+
+
+class Shape(NamedTuple):
+    """What the model offers for one module: in and out features."""
+
+    K: int
+    N: int
+
+
+class Pair(NamedTuple):
+    """The adapter of one module: names of its tensors in the file, true rank and scaling."""
+
+    a: str
+    b: str
+    bias: str | None
+    rank: int
+    scaling: float
+
+
+class Checkpoint:
+    """`folder` opened against `targets` (module name -> Shape); `pairs` by module name. Close it, or use it as a context manager.
+
+    Everything but the values is checked here: what the config asks for, which modules and tensors there are, shapes, ranks.
+
+    Raises: LoraValueError, with the reason. Only adapter_config.json and adapter_model.safetensors are ever opened.
+    """
+
+    def __init__(self, folder: str | os.PathLike, targets: dict[str, Shape], max_rank: int) -> None:
+        folder = _folder(folder)
+        self.config = read_config(folder)
+        self.file = TensorFile(folder / WEIGHTS)
+        try:
+            self.pairs = self._pairs(targets, max_rank)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _pairs(self, targets: dict[str, Shape], max_rank: int) -> dict[str, Pair]:
+        found: dict[str, dict[str, str]] = {}
+        for key in self.file.entries:
+            module, part = _split(key)
+            if part in found.setdefault(module, {}):
+                raise _bad(f"{module} has two tensors {part}", f"{found[module][part]} and {key}")
+            found[module][part] = key
+        if not found:
+            raise _bad("the file holds no tensors")
+        unknown = [m for m in found if m not in targets]
+        if unknown:
+            got = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            kinds = ", ".join(sorted({t.rsplit(".", 1)[-1] for t in targets}))
+            raise _bad("it adapts modules that the pool does not serve", got, f"linear layers named {kinds}", "name them in target_modules")
+        if missing := missing_targets(self.config, found, targets):
+            got = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            raise _bad("modules that adapter_config.json names are missing from the file", got, fix="fetch or save the adapter again")
+        return {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}
+
+    def _pair(self, module: str, parts: dict[str, str], shape: Shape, max_rank: int) -> Pair:
+        if missing := {"lora_A.weight", "lora_B.weight"} - parts.keys():
+            raise _bad(f"{module} lacks {' and '.join(sorted(missing))}")
+        a, b, bias = parts["lora_A.weight"], parts["lora_B.weight"], parts.get("lora_B.bias")
+        if (bias is not None) != self.config.lora_bias:
+            raise _bad(f"{module}: config and file disagree on lora_bias", f"config {self.config.lora_bias}, file {bias is not None}")
+        rank = self.config.rank(module)
+        expected = {a: (rank, shape.K), b: (shape.N, rank)} | ({bias: (shape.N,)} if bias else {})
+        for key, wanted in expected.items():
+            if (got := self.file.entries[key].shape) != wanted:
+                raise _bad(f"{key} has the wrong shape", list(got), f"{list(wanted)} by the model and the config's rank {rank}")
+        if rank > max_rank:
+            raise _bad(f"{module} has a rank above the pool's", rank, f"at most max_rank {max_rank}", f"AdapterPool(max_rank={rank})")
+        return Pair(a, b, bias, rank, self.config.scaling(module))
+
+
+def _split(key: str) -> tuple[str, str]:
+    """(module, lora_A.weight | lora_B.weight | lora_B.bias)"""
+    if match := _KEY.fullmatch(key):
+        return match["module"], match["part"]
+    kind = next((kind for part, kind in _FOREIGN.items() if part in key), None)
+    shown = key if len(key) <= 120 else key[:117] + "..."
+    raise _bad(f"a tensor that cannot be served{': ' + kind if kind else ''}", shown, "MODULE.lora_A.weight, .lora_B.weight, .lora_B.bias")
+
+
+def _folder(folder: str | os.PathLike) -> Path:
+    try:
+        path = Path(folder)
+    except TypeError:
+        raise LoraTypeError(message("the adapter's folder is no path", type(folder).__name__, "str or os.PathLike")) from None
+    try:
+        is_folder = path.is_dir()
+    except ValueError:  # a null byte, before Python 3.12
+        is_folder = False
+    if not is_folder:
+        raise LoraValueError(message("there is no such adapter folder", repr(str(path)), "a folder as written by PEFT's save_pretrained"))
+    if not (path / WEIGHTS).exists() and (path / "adapter_model.bin").exists():
+        fix = "convert it where you trust it: PeftModel.save_pretrained writes safetensors"
+        raise LoraValueError(message("this adapter is a pickle file, which is never opened", "adapter_model.bin", WEIGHTS, fix))
+    return path
+
+
+def _bad(what: str, got: object = None, allowed: object = None, fix: str | None = None) -> LoraValueError:
+    return LoraValueError(message(f"{WEIGHTS}: {what}", got, allowed, fix))

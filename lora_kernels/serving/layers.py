@@ -1,0 +1,209 @@
+"""The model's linear layers on the batched path: found, given slabs, swapped in by class, swapped out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._errors import LoraKernelsError, LoraValueError, message
+from ..ops.lora_batched import lora_batched_linear
+from ..ops.lora_expand import lora_expand
+from ..ops.lora_shrink import lora_shrink
+
+if TYPE_CHECKING:
+    from .batch import Batch, Current
+
+# Layers of one parent that get the same input: one shrink (or one whole call) serves all of them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(eq=False)
+class Group:
+    """Target layers that share their input (often just one), with their slabs; L slots, R = max_rank.
+
+    slabs_a[i] `[L, R, K]`, slabs_b[i] `[L, N_i, R]`, ranks int32 `[S, L]`, scalings float32 `[S, L]`: allocated once, never moved.
+    biases[i] `[L + 1, N_i]`, scaling applied, or None until an adapter with lora_bias comes.
+    """
+
+    layers: list[nn.Linear]
+    slabs_a: list[Tensor]
+    slabs_b: list[Tensor]
+    ranks: Tensor
+    scalings: Tensor
+    biases: list[Tensor] | None = None
+
+
+@dataclass(eq=False)
+class Target:
+    """One layer's place: its name in the model, its number among all targets, its group and the place in it."""
+
+    name: str
+    index: int
+    group: Group
+    place: int
+    current: Current
+    exact_base: bool
+    layer: nn.Linear = field(repr=False)
+
+    def __reduce__(self):
+        raise LoraKernelsError(message("a model with an AdapterPool can be neither copied nor pickled", fix="close() the pool first"))
+
+
+@dataclass(eq=False)
+class Shard:
+    """The target layers of one device, with their ranks int32 `[layers, L]` and scalings float32 `[layers, L]`."""
+
+    device: torch.device
+    ranks: Tensor
+    scalings: Tensor
+    targets: list[Target] = field(default_factory=list)
+
+    @classmethod
+    def allocate(cls, device: torch.device, layers: int, L: int) -> Shard:
+        ranks = torch.zeros(layers, L, dtype=torch.int32, device=device)
+        return cls(device, ranks, torch.zeros(layers, L, dtype=torch.float32, device=device))
+
+
+class PooledLinear(nn.Linear):
+    """`nn.Linear` that adds each row's adapter inside a batch. It overrides nothing but `forward` and adds no parameter or buffer."""
+
+    _lora_target: Target
+
+    def forward(self, x: Tensor) -> Tensor:
+        target = self._lora_target
+        batch = target.current.batch
+        if batch is None:
+            return F.linear(x, self.weight, self.bias)
+        if target.exact_base:
+            return _add_update(batch, target, x, F.linear(x, self.weight, self.bias))
+        y = _shared(batch, target, x, _whole)
+        return _add_bias(batch, target, x, y) if batch.with_bias else y
+
+
+def _add_update(batch: Batch, target: Target, x: Tensor, y: Tensor) -> Tensor:
+    """y += s (x A^T) B^T in place: rows without an adapter keep the base layer's bits."""
+    meta = batch.meta(x)
+    if not batch.touches(target):
+        return y
+    group, i = target.group, target.place
+    h = _shared(batch, target, x, _shrink)
+    lora_expand(y, h, group.slabs_b[i], meta, group.ranks[i])
+    return _add_bias(batch, target, x, y) if batch.with_bias else y
+
+
+def _shrink(batch: Batch, x: Tensor, group: Group, places: list[int]) -> list[Tensor]:
+    if x.dtype != group.slabs_a[0].dtype and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    rows = slice(places[0], places[-1] + 1)
+    return list(lora_shrink(x, group.slabs_a[rows], batch.meta(x), group.ranks[rows], group.scalings[rows]))
+
+
+def _whole(batch: Batch, x: Tensor, group: Group, places: list[int]) -> list[Tensor]:
+    layers, rows = [group.layers[i] for i in places], slice(places[0], places[-1] + 1)
+    weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+    slabs_a, slabs_b = group.slabs_a[rows], group.slabs_b[rows]
+    return list(lora_batched_linear(x, weights, biases, slabs_a, slabs_b, batch.meta(x), group.ranks[rows], group.scalings[rows]))
+
+
+def _shared(batch: Batch, target: Target, x: Tensor, compute) -> Tensor:
+    """`compute` for the target; for all its siblings at once when the first of them is called, if x stays what it is until the last."""
+    group, i = target.group, target.place
+    if len(group.layers) == 1 or torch.compiler.is_compiling() or x.is_inference():  # inference tensors have no version counter
+        return compute(batch, x, group, [i])[0]
+    if (found := batch.shared) is not None and found[0] is group and found[1] is x and found[2] == x._version and i > found[3]:
+        results = found[4]
+        batch.shared = None if i == len(group.layers) - 1 else (*found[:3], i, results)
+        return results[i]
+    if i > 0:
+        return compute(batch, x, group, [i])[0]
+    results = compute(batch, x, group, list(range(len(group.layers))))
+    batch.shared = (group, x, x._version, 0, results)
+    return results[0]
+
+
+def _add_bias(batch: Batch, target: Target, x: Tensor, y: Tensor) -> Tensor:
+    """Add each row's lora_bias. Id -1 picks the last row of the table, which, as all empty rows, holds -0.0: y + -0.0 is y, bit for bit."""
+    rows = target.group.biases[target.place][batch.meta(x).ids]
+    return y.add_(rows.view(y.shape))
+
+
+# ------------------------------------------------------------------------------------------------------------- swapping
+
+
+def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[str, nn.Linear]:
+    """Plain linear layers by name: those whose name is, or ends in, one of `target_modules`; all but the output embedding when None."""
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in m.__dict__}
+    if target_modules is None or target_modules == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        found = {name: m for name, m in linears.items() if m is not head}
+    else:
+        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        matches = {t: [n for n in linears if n == t or n.endswith("." + t)] for t in wanted}
+        if missing := [t for t, names in matches.items() if not names]:
+            kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears})) or "no plain torch.nn.Linear at all"
+            raise LoraValueError(message("AdapterPool: the model has no linear layer of this name", ", ".join(map(repr, missing)), kinds))
+        chosen = {n for names in matches.values() for n in names}
+        found = {n: m for n, m in linears.items() if n in chosen}
+    if not found:
+        pooled = any(type(m) is PooledLinear for m in model.modules())
+        fix = "close() the pool that the model has" if pooled else "name layers of type torch.nn.Linear in target_modules"
+        raise LoraValueError(message("AdapterPool: no linear layers to serve", type(model).__name__, "plain torch.nn.Linear layers", fix))
+    return found
+
+
+def group_siblings(found: dict[str, nn.Linear]) -> list[list[str]]:
+    """Names in the model's order, siblings that share their input together."""
+    groups, placed = [], set()
+    for name, layer in found.items():
+        if name in placed:
+            continue
+        names = next((n for n in _families(name) if all(m in found and _alike(found[m], layer) for m in n)), [name])
+        placed.update(names)
+        groups.append(names)
+    return groups
+
+
+def _families(name: str) -> list[list[str]]:
+    prefix, dot, last = name.rpartition(".")
+    return [[prefix + dot + sibling for sibling in family] for family in SIBLINGS if last in family]
+
+
+def _alike(a: nn.Linear, b: nn.Linear) -> bool:
+    return (a.in_features, a.weight.device, a.weight.dtype) == (b.in_features, b.weight.device, b.weight.dtype)
+
+
+def by_device(found: dict[str, nn.Linear]) -> dict[torch.device, list[list[str]]]:
+    """The groups of siblings on every device of the model."""
+    devices: dict[torch.device, list[list[str]]] = {}
+    for names in group_siblings(found):
+        devices.setdefault(found[names[0]].weight.device, []).append(names)
+    return devices
+
+
+def allocate(layers: list[nn.Linear], shard: Shard, L: int, R: int, dtype: torch.dtype | None) -> Group:
+    """Slabs for these layers; their rows of the shard's tables are the next free ones."""
+    K, options = layers[0].in_features, {"device": shard.device, "dtype": dtype or layers[0].weight.dtype}
+    rows = slice(len(shard.targets), len(shard.targets) + len(layers))
+    slabs_a = [torch.zeros(L, R, K, **options) for _ in layers]
+    slabs_b = [torch.zeros(L, m.out_features, R, **options) for m in layers]
+    return Group(layers, slabs_a, slabs_b, shard.ranks[rows], shard.scalings[rows])
+
+
+def allocate_biases(group: Group, L: int) -> None:
+    options = {"device": group.slabs_b[0].device, "dtype": group.layers[0].weight.dtype}
+    group.biases = [torch.full((L + 1, m.out_features), -0.0, **options) for m in group.layers]
+
+
+def swap_in(target: Target) -> None:
+    target.layer.__class__ = PooledLinear
+    target.layer._lora_target = target
+
+
+def swap_out(target: Target) -> None:
+    target.layer.__class__ = nn.Linear
+    del target.layer._lora_target

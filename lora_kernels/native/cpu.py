@@ -94,7 +94,8 @@ def _prepare_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
         h = x.new_empty(h_shape)
         mask = _NO_MASK if dropout_p == 0 else x.new_empty(mask_shape, dtype=torch.int32)
         _C.cpu_linear_fwd(
-            M, N, K, R, dtype, form, _threads(), scaling, threshold, x.data_ptr(), ldx, weight.data_ptr(), ldw, 0 if bias is None else bias.data_ptr(),
+            M, N, K, R, dtype, form, _threads(), scaling, threshold,
+            x.data_ptr(), ldx, weight.data_ptr(), ldw, 0 if bias is None else bias.data_ptr(),
             lora_a.data_ptr(), lda, a_type, lora_b.data_ptr(), ldb, b_type, 0 if seed is None else seed.data_ptr(),
             y.data_ptr(), h.data_ptr(), mask.data_ptr(),
         )  # fmt: skip

@@ -27,7 +27,7 @@ $(VENV)/.ready: $(VENV)/.deps pyproject.toml setup.py $(NATIVE)
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/finetune.py --out out
-	$(BIN)/python examples/serve_many_adapters.py --out out
+	$(BIN)/python examples/serve_many_adapters.py
 
 # The Triton interpreter is chosen by an environment variable at import, so its tests run in a process of their own.
 test: $(VENV)/.ready

@@ -52,8 +52,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    import warnings
+
     from rich.console import Console
 
+    warnings.filterwarnings("ignore", module="(transformers|peft)[.]")  # deprecations among the libraries themselves
     console = Console(highlight=False, soft_wrap=True)
     import torch
     from models import load, twin

@@ -47,9 +47,9 @@ class Transposed {
 float keep_scale(const Problem& p) { return p.drop_threshold < 65536 ? 65536.f / static_cast<float>(65536 - p.drop_threshold) : 0.f; }
 int64_t mask_words(const Problem& p) { return (p.K + 31) / 32; }
 
-// out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term
+// out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term. In panel form it is left to the caller, in `products`
 void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha,
-                Out out) {
+                Out out, PanelArgs* products, int& count) {
   if (in_place && p.M <= kWideRows) {
     WideArgs a{p.M, N, R, x, w, h, b, keep, alpha, keep_scale(p), out};
     wide_product(k, p.type, a, C, p.threads);
@@ -57,7 +57,7 @@ void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, in
     PanelArgs a{};
     a.M = p.M, a.N = C, a.K = N, a.R = R, a.x = x, a.w = w, a.h = h, a.b = b;
     a.out_keep = keep, a.alpha = alpha, a.keep_scale = keep_scale(p), a.out = out;
-    panel_products(k, p.type, &a, 1, p.threads);
+    products[count++] = a;
   }
 }
 
@@ -108,30 +108,33 @@ void lora_linear_bwd(const Problem& p, const Backward& b) {
   const In g_in = {g.p, g.ld};
   if (need_g && p.M > 0) {
     const Cast lora_b(k, p.type, ad.b_type, ad.b, p.N, ad.R);
-    rows_times(k, p, p.M <= 8, p.N, ad.R, b.dy, lora_b.in, 0, {}, {}, {}, p.scaling, g);
-  }
-  if (b.dx.p && p.M > 0) {
-    const Cast lora_a(k, p.type, ad.a_type, ad.a, ad.R, p.K);
-    rows_times(k, p, p.form == kInPlace, p.N, p.K, b.dy, b.w, ad.R, g_in, lora_a.in, keep, 1.f, b.dx);
+    PanelArgs product;
+    int count = 0;
+    rows_times(k, p, p.M <= 8, p.N, ad.R, b.dy, lora_b.in, 0, {}, {}, {}, p.scaling, g, &product, count);
+    if (count) panel_products(k, p.type, &product, 1, p.threads);
   }
 
-  // dA = g^T drop(x) and dB = dy^T h: the rank is the short side, the long reduction runs over M
-  PanelArgs sums[2];
+  PanelArgs products[kMostProducts];
   int count = 0;
+  const bool need_dx = b.dx.p && p.M > 0;
+  const Cast lora_a(k, p.type, need_dx ? ad.a_type : p.type, ad.a, ad.R, p.K);
+  if (need_dx) rows_times(k, p, p.form == kInPlace, p.N, p.K, b.dy, b.w, ad.R, g_in, lora_a.in, keep, 1.f, b.dx, products, count);
+
+  // dA = g^T drop(x) and dB = dy^T h: the rank is the short side, the long reduction runs over M
   const Transposed gt(p.type, g_in, b.d_a.p ? p.M : 0, ad.R), ht(p.type, b.h, b.d_b.p ? p.M : 0, ad.R);
   if (b.d_a.p) {
     PanelArgs a{};
     a.M = ad.R, a.N = p.K, a.K = p.M, a.x = gt.in, a.w = b.x, a.w_keep = keep, a.alpha = drop ? keep_scale(p) : 1.f;
     a.out = b.d_a, a.out_f32 = ad.a_type == kF32;
-    sums[count++] = a;
+    products[count++] = a;
   }
   if (b.d_b.p) {
     PanelArgs a{};
     a.M = ad.R, a.N = p.N, a.K = p.M, a.x = ht.in, a.w = b.dy, a.alpha = 1.f;
     a.out = b.d_b, a.out_t = true, a.out_f32 = ad.b_type == kF32;
-    sums[count++] = a;
+    products[count++] = a;
   }
-  if (count) panel_products(k, p.type, sums, count, p.threads);
+  if (count) panel_products(k, p.type, products, count, p.threads);
 }
 
 }  // namespace lk

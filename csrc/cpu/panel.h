@@ -89,15 +89,17 @@ LK_INLINE void run_strip(V (&acc)[MR][W], const Strip<T>& s, int64_t k0, int64_t
   const typename P::X* rows[POINTERS];
 #pragma GCC unroll 8
   for (int i = 0; i < POINTERS; i++) rows[i] = s.x + i * s.ld;
-  for (int64_t k = k0; k < k1; k++) {
-    if (!(k & 15)) NextBlock::step(next);
-    V w[W];
+  for (int64_t k = k0; k < k1;) {
+    NextBlock::step(next);
+    for (const int64_t end = min(k + 16, k1); k < end; k++) {
+      V w[W];
 #pragma GCC unroll 4
-    for (int v = 0; v < W; v++) w[v] = load(s.panel + k * SW + v * L);
+      for (int v = 0; v < W; v++) w[v] = load(s.panel + k * SW + v * L);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
+      for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-      for (int v = 0; v < W; v++) acc[i][v] = P::step(acc[i][v], w[v], (POINTERS > 1 ? rows[i % POINTERS] : s.x + i * s.ld) + k * P::PAIR);
+        for (int v = 0; v < W; v++) acc[i][v] = P::step(acc[i][v], w[v], (POINTERS > 1 ? rows[i % POINTERS] : s.x + i * s.ld) + k * P::PAIR);
+    }
   }
   if (s.half && k1 == s.steps) {
 #pragma GCC unroll 16
@@ -107,11 +109,27 @@ LK_INLINE void run_strip(V (&acc)[MR][W], const Strip<T>& s, int64_t k0, int64_t
   }
 }
 
+// c [MR, NP] takes the accumulators, added to what it holds when `more`; they start anew
+template <int MR, int W>
+LK_INLINE void put(V (&acc)[MR][W], float* c, bool more) {
+  if (more) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < W; v++) acc[i][v] = add(load(c + i * NP + v * L), acc[i][v]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < W; v++) store(c + i * NP + v * L, acc[i][v]), acc[i][v] = zero();
+}
+
 // fp32 results need shorter chains than K: partial sums of CHAIN_F32 terms are added up. The rounding of 16-bit results hides a chain's error.
 template <class T>
 constexpr int64_t CHAIN = same<T, float> ? CHAIN_F32 : KC;
 
 // One micro tile: MR rows by W vectors, added to what c [MR, NP] holds of earlier k.
+// Every loop over acc is unrolled whole: one index known only at run time and the compiler keeps all of it in memory.
 template <class T, int MR, int W>
 void micro(const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, float* c, bool more, NextBlock& next) {
   V acc[MR][W];
@@ -119,34 +137,23 @@ void micro(const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, i
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < W; v++) acc[i][v] = zero();
-  const auto flush = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int v = 0; v < W; v++) {
-        store(c + i * NP + v * L, more ? add(load(c + i * NP + v * L), acc[i][v]) : acc[i][v]);
-        acc[i][v] = zero();
-      }
-    more = true;
-  };
-  int64_t k = 0;
   if (rank.panel) {
-    do {
-      const int64_t k1 = min(k + CHAIN<T>, rank.steps);
-      run_strip<T, MR, W>(acc, rank, k, k1, next);
-      if (a.out_keep.p) {
-        for (int i = 0; i < MR; i++)
-          for (int v = 0; v < W; v++) acc[i][v] = keep(mul(acc[i][v], set1(a.keep_scale)), keep_bits(a.out_keep, m + i, n + v * L));
-      }
-      if (same<T, float> || rank.steps > CHAIN<T>) flush();
-      k = k1;
-    } while (k < rank.steps);
+    run_strip<T, MR, W>(acc, rank, 0, rank.steps, next);
+    if (a.out_keep.p) {
+      const V scale = set1(a.keep_scale);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < W; v++) acc[i][v] = keep(mul(acc[i][v], scale), keep_bits(a.out_keep, m + i, n + v * L));
+    }
+    if (same<T, float>) put(acc, c, more), more = true;
   }
-  k = 0;
+  int64_t k = 0;
   do {
     const int64_t k1 = min(k + CHAIN<T>, base.steps);
     run_strip<T, MR, W>(acc, base, k, k1, next);
-    flush();
+    put(acc, c, more);
+    more = true;
     k = k1;
   } while (k < base.steps);
 }
@@ -260,6 +267,7 @@ void panel_of(const lk::PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* 
   }
   const int widest = static_cast<int>(min(ceil_div(cols, L), NV)), MR = MICRO_ROWS[widest];
   const int64_t tiles = ceil_div(m1 - m0, MR);
+  const bool whole = KD > KC || a.out_t || a.segments;
   int64_t k0 = 0;
   do {  // once even for K = 0: the rank term and the bias remain
     const int64_t k1 = min(k0 + KC, KD), depth = k1 - k0;
@@ -280,7 +288,7 @@ void panel_of(const lk::PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* 
       const int64_t K = min((k1 - k0) * P::PAIR, a.K - k0 * P::PAIR);
       const auto* x = Rows<T>::get(static_cast<const T*>(a.x.p) + m * a.x.ld + k0 * P::PAIR, a.x.ld, rows, K, xs, KC + L);
       const auto* h = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, rows, rank ? a.R : 0, hs, a.R + L);
-      float* c = C + (m - m0) * NP;
+      float* c = whole ? C + (m - m0) * NP : C;  // finished tiles are stored at once, so one place that stays in L1 does
       for (int64_t s = 0; s * SW < cols; s++) {
         const Strip<T> rank_strip = {h, in_place ? a.h.ld : a.R + L, rank ? pb + s * RD * SW : nullptr, a.R / P::PAIR, a.R % P::PAIR != 0};
         const Strip<T> base_strip = {x, in_place ? a.x.ld : KC + L, pa + s * depth * SW, depth - odd, odd};

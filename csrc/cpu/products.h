@@ -42,7 +42,7 @@ inline void dot_product(const Kernels& k, Dtype t, const DotArgs& a, int64_t N, 
 struct Deal {
   int64_t panels, chunks, rows;
   Deal(const PanelArgs& a, int threads) {
-    constexpr int64_t kMostRows = 2040, kFewestRows = 48;  // a chunk's fp32 tile stays within 512 KiB; fewer rows do not pay for packing
+    constexpr int64_t kMostRows = 2040, kFewestRows = 24;  // a chunk's fp32 tile stays within 512 KiB; fewer rows do not pay for packing
     panels = (a.N + kPanel - 1) / kPanel;
     chunks = (a.M + kMostRows - 1) / kMostRows;
     if (threads > 1 && panels % threads) chunks = std::max(chunks, std::min<int64_t>(threads == 2 ? 2 : 8, a.M / kFewestRows));
@@ -69,21 +69,27 @@ inline int64_t panel_workspace(const Kernels& k, const PanelArgs& a) {
   return (k.panel_floats(a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024;
 }
 
-// one or two products in panel form, in one pass over the pool
+constexpr int kMostProducts = 3;
+
+// Products in panel form that need nothing of each other, in one pass over the pool. Every thread has its part of each, taken in turn so that
+// the odd units of one go to another thread than those of the next.
 inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int count, int threads) {
-  int64_t floats = 0, units = 0, work = 0;
-  Deal deals[2] = {Deal(a[0], threads), Deal(a[count - 1], threads)};
+  int64_t floats = 0, most = 0, work = 0;
+  int64_t units[kMostProducts];
   for (int i = 0; i < count; i++) {
     floats = std::max(floats, panel_workspace(k, a[i]));
-    units += deals[i].units();
+    units[i] = Deal(a[i], threads).units();
+    most = std::max(most, units[i]);
     work += a[i].M * a[i].N * (a[i].K + a[i].R);
   }
-  threads = threads_for(work, threads);
-  Scratch ws(static_cast<size_t>(floats) * 4 * static_cast<size_t>(std::min<int64_t>(threads, units)));
-  parallel(units, threads, [&](int64_t u0, int64_t u1, int share) {
-    const int64_t first = deals[0].units();
-    if (u0 < first) panel_units(k, t, a[0], deals[0], u0, std::min(u1, first), ws.as<float>() + share * floats);
-    if (u1 > first) panel_units(k, t, a[1], deals[1], std::max(u0, first) - first, u1 - first, ws.as<float>() + share * floats);
+  const int64_t shares = std::min<int64_t>(threads_for(work, threads), most);
+  Scratch ws(static_cast<size_t>(floats * 4 * shares));
+  parallel(shares, static_cast<int>(shares), [&](int64_t s0, int64_t s1, int) {
+    for (int64_t s = s0; s < s1; s++)
+      for (int i = 0; i < count; i++) {
+        const int64_t turn = (s + i) % shares;
+        panel_units(k, t, a[i], Deal(a[i], threads), units[i] * turn / shares, units[i] * (turn + 1) / shares, ws.as<float>() + s * floats);
+      }
   });
 }
 

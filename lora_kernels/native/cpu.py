@@ -19,6 +19,8 @@ except ImportError as error:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lk::Dtype
 _PANELS, _RANK_ONLY = plan.FORMS.index("panels"), plan.FORMS.index("torch")
+_NO_MASK = torch.empty(0, dtype=torch.int32)
+_threads = torch.get_num_threads
 
 
 @functools.cache
@@ -77,57 +79,75 @@ def _bwd_refuses(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, nee
     return _refuses(x, weight=weight, lora_a=lora_a, lora_b=lora_b, dy=dy, h=h)
 
 
-def lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
-    """`reference.lora_linear_fwd` by the native kernels."""
+def _prepare_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+    """`lora_linear_fwd` for every call of this signature: what the shapes, strides and dtypes decide is decided here."""
     M, K = x.shape
     N, R = weight.shape[0], lora_a.shape[0]
-    dtype = DTYPES[x.dtype]
-    form = plan.form("fwd", dtype, M, N, K)
+    dtype, a_type, b_type = DTYPES[x.dtype], DTYPES[lora_a.dtype], DTYPES[lora_b.dtype]
+    ldx, ldw, lda, ldb = x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0)
     threshold = drop_threshold(dropout_p)
-    h = x.new_empty((M, R))
-    mask = x.new_empty((M, (K + 31) // 32) if dropout_p > 0 else (0,), dtype=torch.int32)
-    if form == _RANK_ONLY:
-        y, y_ptr = F.linear(x, weight, bias), 0
-    else:
-        y = x.new_empty((M, N))
-        y_ptr = y.data_ptr()
-    _C.cpu_linear_fwd(
-        M, N, K, R, dtype, form, torch.get_num_threads(), scaling, threshold,
-        x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), 0 if bias is None else bias.data_ptr(),
-        lora_a.data_ptr(), lora_a.stride(0), DTYPES[lora_a.dtype], lora_b.data_ptr(), lora_b.stride(0), DTYPES[lora_b.dtype],
-        0 if seed is None else seed.data_ptr(), y_ptr, h.data_ptr(), mask.data_ptr(),
-    )  # fmt: skip
-    if form == _RANK_ONLY:
-        y.addmm_(h, lora_b.to(x.dtype).t())
-    return y, h, mask
+    h_shape, y_shape, mask_shape = (M, R), (M, N), (M, (K + 31) // 32)
+
+    def run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+        form = plan.form("fwd", dtype, M, N, K)
+        y = F.linear(x, weight, bias) if form == _RANK_ONLY else x.new_empty(y_shape)
+        h = x.new_empty(h_shape)
+        mask = _NO_MASK if dropout_p == 0 else x.new_empty(mask_shape, dtype=torch.int32)
+        _C.cpu_linear_fwd(
+            M, N, K, R, dtype, form, _threads(), scaling, threshold,
+            x.data_ptr(), ldx, weight.data_ptr(), ldw, 0 if bias is None else bias.data_ptr(),
+            lora_a.data_ptr(), lda, a_type, lora_b.data_ptr(), ldb, b_type, 0 if seed is None else seed.data_ptr(),
+            y.data_ptr(), h.data_ptr(), mask.data_ptr(),
+        )  # fmt: skip
+        if form == _RANK_ONLY:
+            y.addmm_(h, lora_b.to(x.dtype).t())
+        return y, h, mask
+
+    return run
 
 
-def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
-    """`reference.lora_linear_bwd` by the native kernels."""
+def _prepare_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
+    """`lora_linear_bwd` for every call of this signature."""
     M, K = x.shape
     N, R = weight.shape[0], lora_a.shape[0]
-    dtype = DTYPES[x.dtype]
-    form = plan.form("bwd", dtype, M, N, K) if need_dx else 0
-    by_torch = need_dx and form == _RANK_ONLY
-    dx = x.new_empty((M, K) if need_dx and not by_torch else (0,))
-    d_a = lora_a.new_empty((R, K) if need_da else (0,))
-    d_b = lora_b.new_empty((N, R) if need_db else (0,))
-    g = x.new_empty((M, R)) if by_torch else None
-    _C.cpu_linear_bwd(
-        M, N, K, R, dtype, form, torch.get_num_threads(), scaling, drop_threshold(dropout_p),
-        dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
-        lora_a.data_ptr(), lora_a.stride(0), DTYPES[lora_a.dtype], lora_b.data_ptr(), lora_b.stride(0), DTYPES[lora_b.dtype],
-        h.data_ptr(), h.stride(0), mask.data_ptr(), g.data_ptr() if by_torch else 0,
-        dx.data_ptr(), d_a.data_ptr() if need_da else 0, d_b.data_ptr() if need_db else 0,
-    )  # fmt: skip
-    if by_torch:
-        dx = dy @ weight
-        a = lora_a.to(x.dtype)
-        if dropout_p > 0:
-            dx += torch.where(unpack_bits(mask, K), g @ a * keep_scale(dropout_p), dx.new_zeros(()))
-        else:
-            dx.addmm_(g, a)
-    return dx, d_a, d_b
+    dtype, a_type, b_type = DTYPES[x.dtype], DTYPES[lora_a.dtype], DTYPES[lora_b.dtype]
+    lddy, ldx, ldw, lda, ldb = dy.stride(0), x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0)
+    threshold = drop_threshold(dropout_p)
+    g_shape, dx_shape, a_shape, b_shape = (M, R), (M, K) if need_dx else (0,), (R, K) if need_da else (0,), (N, R) if need_db else (0,)
+
+    def run(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, *_):
+        form = plan.form("bwd", dtype, M, N, K) if need_dx else 0
+        by_torch = form == _RANK_ONLY
+        dx = dy @ weight if by_torch else x.new_empty(dx_shape)
+        d_a, d_b = lora_a.new_empty(a_shape), lora_b.new_empty(b_shape)
+        g = x.new_empty(g_shape) if by_torch else None
+        _C.cpu_linear_bwd(
+            M, N, K, R, dtype, form, _threads(), scaling, threshold, dy.data_ptr(), lddy, x.data_ptr(), ldx, weight.data_ptr(), ldw,
+            lora_a.data_ptr(), lda, a_type, lora_b.data_ptr(), ldb, b_type, h.data_ptr(), h.stride(0), mask.data_ptr(),
+            g.data_ptr() if by_torch else 0, 0 if by_torch or not need_dx else dx.data_ptr(),
+            d_a.data_ptr() if need_da else 0, d_b.data_ptr() if need_db else 0,
+        )  # fmt: skip
+        if by_torch and threshold:
+            dx += torch.where(unpack_bits(mask, K), g @ lora_a.to(x.dtype) * keep_scale(dropout_p), dx.new_zeros(()))
+        elif by_torch:
+            dx.addmm_(g, lora_a.to(x.dtype))
+        return dx, d_a, d_b
+
+    return run
+
+
+def lora_linear_fwd(*args):
+    """`reference.lora_linear_fwd` by the native kernels."""
+    return _prepare_fwd(*args)(*args)
+
+
+def lora_linear_bwd(*args):
+    """`reference.lora_linear_bwd` by the native kernels."""
+    return _prepare_bwd(*args)(*args)
+
+
+lora_linear_fwd.prepare = _prepare_fwd
+lora_linear_bwd.prepare = _prepare_bwd
 
 
 # ------------------------------------------------------------------------------------------------------------ many adapters

@@ -225,7 +225,7 @@ def lora_linear(
     run = key = None
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.dim() else None
     if flat is not None and not torch.compiler.is_compiling() and _direct(flat, weight, lora_a, lora_b):
-        third = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.data_ptr() & 15)
+        third = None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.data_ptr() & 15)
         # type(): True == 1.0, but a bool is no scaling
         key = _signature(flat, weight, lora_a, lora_b, third, dropout_p, type(dropout_p), training, backend, strict)
         run = _forward_runs.get(key)

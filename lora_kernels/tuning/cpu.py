@@ -66,7 +66,7 @@ def _rows(isa: str) -> list[dict]:
 
 
 def _rule(op: str, M: int) -> str:
-    return "in_place" if (32 if op == "fwd" else 8) >= M else "panels"
+    return "in_place" if (32 if op == "fwd" else 2) >= M else "panels"  # backward: panels win from 4 rows on (configs/cpu_avx512_bf16.json)
 
 
 @functools.lru_cache(maxsize=4096)

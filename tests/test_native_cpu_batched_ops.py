@@ -60,7 +60,7 @@ def test_backward_gives_what_is_asked_for(isa):  # noqa: F811
 def test_backward_bits_depend_on_neither_threads_nor_neighbours(isa):  # noqa: F811
     args, dy, h, mask = training_problem(60, bf16, dropout=True)
     before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 3, 16):
+    for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         try:
             dx, das, dbs = cpu_batched.lora_batched_bwd(*backward_args(args, dy, h, mask))

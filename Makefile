@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | gpu | sanitize | oracles | clean. Each makes its own .venv from the lock the first time.
+# make demo | test | lint | bench | gpu | oracles | sanitize | readme-figures | clean. Each makes its own .venv from the lock the first time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test bench gpu oracles sanitize readme-figures lint format clean
 .DEFAULT_GOAL := test
 
 # ---- environment ----------------------------------------------------------------------------------------------------------
@@ -27,12 +27,29 @@ $(VENV)/.ready: $(VENV)/.deps pyproject.toml setup.py $(NATIVE)
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/finetune.py --out out
+	$(BIN)/python examples/serve_many_adapters.py
 
+# The Triton interpreter is chosen by an environment variable at import, so its tests run in a process of their own.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" tests
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow" tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 
 bench: $(VENV)/.ready
 	$(BIN)/lora-kernels bench
+	$(BIN)/python -m lora_kernels.bench.figures
+
+# With the interpreter at hand, no virtual environment, no network: make gpu PYTHON=python3 WHEELS=folder
+gpu:
+	$(PYTHON) benchmarks/gpu_run.py
+
+# Our many-adapter ops against the CPU oracles that SGLang and vLLM ship; one file from each wheel, kept outside the repository.
+ORACLES ?= sglang vllm
+oracles: $(VENV)/.ready
+	$(BIN)/python tests/oracles/foreign_files.py $(ORACLES)
+	$(BIN)/python -m pytest -q tests/oracles
+
+sanitize: $(VENV)/.deps
+	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/sanitize/run.sh
 
 # ---- upkeep ---------------------------------------------------------------------------------------------------------------
 
@@ -46,6 +63,9 @@ format: $(VENV)/.deps
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+readme-figures: $(VENV)/.ready
+	$(BIN)/python -m lora_kernels.bench.figures
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

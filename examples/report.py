@@ -47,8 +47,14 @@ def _forwards(layer: nn.Module, x: Tensor, p: float) -> dict[str, Callable[[], T
 def benchmark(base: nn.Module, args: argparse.Namespace, console: Console, shapes: int = 2, rounds: int = 15) -> list[dict]:
     """Forward, forward + backward and saved bytes for the model's largest LoRA layers, M = one step's tokens."""
     M = args.batch * args.seq
-    table = Table(title=f"One layer, M {M}, R {args.r}: median ms, and its ratio to PEFT's", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("N x K", "dropout", "", "forward", "x PEFT", "fwd+bwd", "x PEFT", "saved MiB"):
+    table = Table(
+        title=f"One layer, M {M}, R {args.r}: median ms, and its ratio to PEFT's",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("N x K", "drop", "", "forward", "x PEFT", "fwd+bwd", "x PEFT", "saved MiB"):
         table.add_column(column, justify="left" if column in ("", "N x K") else "right", no_wrap=True)
     rows: list[dict] = []
     for p in sorted({0.0, args.dropout}):
@@ -86,7 +92,7 @@ def _measure(layer: nn.Module, M: int, N: int, K: int, p: float, rounds: int, ta
             f"{row['both_ratio']:.2f}",
             f"{kept / 2**20:.2f}",
         ]
-        table.add_row(f"{N} x {K}", f"{p:g}", name, *cells, end_section=name == NAMES[-1])
+        table.add_row(f"{N}x{K}", f"{p:g}", name, *cells, end_section=name == NAMES[-1])
     return rows
 
 

@@ -52,8 +52,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    import warnings
+
     from rich.console import Console
 
+    warnings.filterwarnings("ignore", module="(transformers|peft)[.]")  # deprecations among the libraries themselves
     console = Console(highlight=False, soft_wrap=True)
     import torch
     from models import load, twin
@@ -87,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
             with pool.batch(batch.names):
                 got = batch.generate(model)
             wrong = serving.show(batch, tokenizer, got, expected, console)
+            with fused.batch(batch.names):
+                same = (batch.generate(other) == expected).all(1)
+            console.print(f"the same with one op a layer: {int(same.sum())} of {len(same)} rows")
+            if not same.all():
+                wrong.append(f"one op a layer: other tokens than PEFT in {int((~same).sum())} rows")
             times = serving.measure(batch, model, peft, {"the pool": (model, pool), "the pool, one op a layer": (other, fused)}, args.rounds)
     for step, found in times.items():
         unit = statistics.median(found["base model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -128,22 +129,28 @@ def train(base: nn.Module, data: Data, args: argparse.Namespace, save_to: Path, 
 
 
 def rounding(base: nn.Module) -> tuple[float, float]:
-    """What rounding may do: relative difference of two loss curves, relative RMSE of two sets of logits.
+    """What rounding may do: relative difference of two float32 loss curves, relative RMSE of two sets of logits.
 
-    Patched and unpatched do the same sums in another order, and Adam carries the difference on. In float32, twelve steps of a 2- and
-    a 12-layer Llama moved the loss by at most 1.3 eps on the reference backend; a scaling wrong by 2 % moves it by over 1000 eps after
-    four steps. So 200 eps leaves room for other summation orders and still finds such a fault. In half precision every activation
-    is rounded, but a loss is a mean over hundreds of tokens: 0.02 eps measured, 0.25 allowed; single logits differ by a few eps.
+    Patched and unpatched do the same sums in another order, and Adam carries the difference on. 200 eps leaves room for that (0.7 eps
+    in the demo's own run) and still finds a scaling wrong by 2 % (tests/test_examples_finetune.py). In half precision every activation
+    is rounded: single logits differ by a few eps.
     """
     info = torch.finfo(base.dtype)
-    return (200 * info.eps, 200 * info.eps) if base.dtype == torch.float32 else (0.25 * info.eps, 4 * info.eps)
+    return 200 * torch.finfo(torch.float32).eps, (200 if base.dtype == torch.float32 else 4) * info.eps
 
 
 def compare(base: nn.Module, data: Data, args: argparse.Namespace, console: Console) -> dict:
-    """The first steps again without dropout, patched and unpatched in turn, from the same seed."""
+    """The first steps again without dropout, patched and unpatched in turn, from the same seed.
+
+    In half precision rounding moves both curves, as Adam's first steps give the smallest gradient a full-sized update; so both are held
+    against the unpatched model in float32, and the patched one may be at most twice as far from it.
+    """
     device = next(base.parameters()).device
     models = {"patched": adapter(twin(base), args, 0.0), "unpatched": adapter(twin(base), args, 0.0)}
     lk.patch(models["patched"])
+    if base.dtype != torch.float32:
+        # not base.float(), which transformers refuses for a model that was read from a quantised file
+        models["float32"] = adapter(nn.Module.float(copy.deepcopy(base)), args, 0.0)
     tools = {name: optimizer(model, args.lr) for name, model in models.items()}
     losses: dict[str, list[float]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -155,9 +162,16 @@ def compare(base: nn.Module, data: Data, args: argparse.Namespace, console: Cons
                 losses[name].append(loss)
                 seconds[name].append(took)
             bar.advance(i + 1, f"loss {losses['patched'][-1]:.4f} and {losses['unpatched'][-1]:.4f}")
-    worst = max(abs(a - b) / b for a, b in zip(losses["patched"], losses["unpatched"], strict=True))
-    limit = rounding(base)[0]
+
+    def apart(name: str, truth: str) -> float:
+        return max(abs(a - b) / b for a, b in zip(losses[name], losses[truth], strict=True))
+
+    if "float32" in losses:
+        worst, limit, truth = apart("patched", "float32"), 2 * apart("unpatched", "float32") + torch.finfo(base.dtype).eps / 16, "float32"
+    else:
+        worst, limit, truth = apart("patched", "unpatched"), rounding(base)[0], "unpatched"
     speed = ratio(seconds["patched"], seconds["unpatched"])
-    console.print(f"loss curves differ by at most {worst:.1e} (relative), {limit:.1e} allowed; step time patched / unpatched {speed:.2f}")
-    wrong = [] if worst <= limit else [f"patched and unpatched loss curves differ by {worst:.1e} (relative), {limit:.1e} allowed"]
+    verdict = f"patched and {truth} loss curves differ by at most {worst:.1e} (relative), {limit:.1e} allowed"
+    console.print(f"{verdict}; step time patched / unpatched {speed:.2f}")
+    wrong = [] if worst <= limit else [verdict]
     return {"loss": losses, "step_s": seconds, "worst": worst, "limit": limit, "step_ratio": speed, "wrong": wrong}

@@ -63,10 +63,17 @@ def per_slice(op: str, name: str, t: Tensor | None, dtype: torch.dtype, S: int, 
         raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, dtype))
     if t.device != device:
         raise LoraValueError(message(f"{op}: {name} on another device", t.device, device, f"{name}.to(x.device)"))
-    t = t.to(dtype)
+    return row(t, dtype).expand(S, L)
+
+
+def row(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Checked ranks or scalings as `[1, L]` or `[S, L]` of `dtype` with contiguous rows."""
+    if t is None:
+        return None
+    t = t if t.dtype == dtype else t.to(dtype)
     if t.stride(-1) != 1:
         t = t.contiguous()
-    return t.expand(S, L)
+    return t if t.dim() == 2 else t.unsqueeze(0)
 
 
 def check_ranks(op: str, ranks: Tensor | None, R: int) -> None:

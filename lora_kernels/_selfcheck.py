@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _selfcheck_batched as batched
 from . import reference, testing
 from ._errors import BackendError
 from .ops import _registry
@@ -110,11 +111,35 @@ def _check_lora_linear(backend: str, device: str) -> Iterator[Result]:
             )
 
 
+# ------------------------------------------------------------------------------------------------------------ many adapters
+
+
+def _check_batched(op: str, cases: Callable[..., Iterator[batched.Case]]) -> Callable[[str, str], Iterator[Result]]:
+    def check(backend: str, device: str) -> Iterator[Result]:
+        for case, ours, eager, tensors in cases(DTYPES, backend, device):
+            found = Result(op, backend, device, case, "all")
+            try:
+                got = ours(tensors)
+            except BackendError as reason:
+                yield replace(found, refused=str(reason))
+                continue
+            same = eager(tensors)
+            exact = eager([t.to("cpu", torch.float64) if t.is_floating_point() else t.cpu() for t in tensors])
+            for key, value in got.items():
+                ratio = testing.error_ratio(value.cpu(), same[key].cpu(), exact[key])
+                yield replace(found, tensor=key, relative_rmse=testing.relative_rmse(value.cpu(), exact[key]), ratio=ratio)
+
+    return check
+
+
 # ---------------------------------------------------------------------------------------------------------------- all ops
 
 # public op -> (the registered ops it runs on, its check)
 CHECKS: dict[str, tuple[tuple[str, ...], Callable[[str, str], Iterator[Result]]]] = {
     "lora_linear": (("lora_linear_fwd", "lora_linear_bwd"), _check_lora_linear),
+    "lora_batched_linear": (("lora_batched_fwd", "lora_batched_bwd"), _check_batched("lora_batched_linear", batched.linear)),
+    "lora_shrink": (("lora_shrink",), _check_batched("lora_shrink", batched.shrink)),
+    "lora_expand": (("lora_expand",), _check_batched("lora_expand", batched.expand)),
 }
 
 

@@ -46,7 +46,8 @@ def test_check_passes_on_every_usable_backend(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
     ran = [r for r in found["results"] if r["refused"] is None]
-    assert {r["tensor"] for r in ran} == {"y", "dx", "dA", "dB"}
+    assert {r["tensor"] for r in ran} == {"y", "dx", "dA", "dB", "h"}
+    assert found["unchecked"] == _selfcheck.unchecked() == []
     assert all(0 <= r["ratio"] <= testing.ALLOWED_RATIO for r in ran)
 
 
@@ -70,9 +71,24 @@ def test_check_fails_on_a_wrong_backend(monkeypatch, capsys, fault):
     ops = {"lora_linear_fwd": (fwd, lambda *_: None), "lora_linear_bwd": (bwd, lambda *_: None)}
     serve(monkeypatch, {**reference.OPS, **ops})
     monkeypatch.setattr(_selfcheck, "SHAPES", [(37, 83, 131, 5)])
+    monkeypatch.setattr(_selfcheck, "CHECKS", {"lora_linear": _selfcheck.CHECKS["lora_linear"]})
     assert cli.main(["check", "--backend", "reference", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert f"FAILED lora_linear on reference/cpu: {'y' if fault == 'nan' else fault}" in out
+
+
+@pytest.mark.parametrize("op, fault", [("lora_shrink", "h"), ("lora_expand", "y")])
+def test_check_fails_on_a_wrong_half(monkeypatch, op, fault):
+    run = reference.OPS[op][0]
+
+    def wrong(t, *rest):
+        out = run(t, *rest)
+        return t.mul_(1.02) if out is None else out * 1.02
+
+    serve(monkeypatch, {**reference.OPS, op: (wrong, lambda *_: None)})
+    results, _ = _selfcheck.check(op, "reference", "cpu")
+    assert {r.tensor for r in results} == {fault}
+    assert not all(r.ok for r in results)
 
 
 def test_check_tells_a_refusal_from_a_failure(monkeypatch, capsys):

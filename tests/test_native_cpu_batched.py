@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import reference_batched
-from lora_kernels.native import cpu
+from lora_kernels.native import cpu, cpu_batched
 from lora_kernels.tuning import cpu as plan
 
 pytestmark = pytest.mark.skipif(cpu.unusable() is not None, reason=f"native module: {cpu.unusable()}")
@@ -61,7 +61,7 @@ def to_double(args):
 
 
 def check(args):
-    y, _, mask = cpu.lora_batched_fwd(*args)
+    y, _, mask = cpu_batched.lora_batched_fwd(*args)
     exact, _, exact_mask = reference_batched.lora_batched_fwd(*to_double(args))
     eager = reference_batched.lora_batched_fwd(*args)[0]
     error = lambda t: ((t.double() - exact).norm() / exact.norm()).item() if t.numel() else 0.0
@@ -91,17 +91,17 @@ def test_a_rows_bits_do_not_depend_on_neighbours_or_threads(isa, form):
     args = problem(60, dtype=bf16)
     before = torch.get_num_threads()
     with plan.forced(form):
-        whole = cpu.lora_batched_fwd(*args)[0]
+        whole = cpu_batched.lora_batched_fwd(*args)[0]
         for threads in (1, 3):
             torch.set_num_threads(threads)
             try:
-                assert torch.equal(cpu.lora_batched_fwd(*args)[0], whole)
+                assert torch.equal(cpu_batched.lora_batched_fwd(*args)[0], whole)
             finally:
                 torch.set_num_threads(before)
         mixed = list(args)
         mixed[5] = torch.where(torch.arange(60) % 3 == 0, args[5], args[5].roll(7))
         kept = torch.arange(60) % 3 == 0
-        assert torch.equal(cpu.lora_batched_fwd(*mixed)[0][kept], whole[kept])
+        assert torch.equal(cpu_batched.lora_batched_fwd(*mixed)[0][kept], whole[kept])
 
 
 def test_rows_without_an_adapter_are_the_base(isa):
@@ -111,4 +111,4 @@ def test_rows_without_an_adapter_are_the_base(isa):
             args[5] = torch.full((50,), -1, dtype=torch.int32)
             y = check(args)
             args[4] = [torch.full_like(p, torch.nan) for p in args[4]]
-            assert torch.equal(cpu.lora_batched_fwd(*args)[0], y)
+            assert torch.equal(cpu_batched.lora_batched_fwd(*args)[0], y)

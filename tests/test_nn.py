@@ -8,11 +8,11 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_kernels.testing import relative_rmse
 from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import reference
+from lora_kernels.testing import relative_rmse
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [fp64, fp32, bf16, fp16], ids=lambda d: str(d).removeprefix("torch."))

@@ -63,7 +63,8 @@ def test_form_steps_down_to_what_the_operands_allow():
 def test_table_is_exact_then_nearest_in_log_space(folder):
     path = folder / store.table_name("NVIDIA H200")
     assert path.name == "nvidia-h200.json"
-    path.write_text(json.dumps({"gpu": "NVIDIA H200", "entries": [entry(8192, warps=4), entry(512, stages=2), entry(1024, implementation="torch")]}))
+    entries = [entry(8192, warps=4), entry(512, stages=2), entry(1024, implementation="torch")]
+    path.write_text(json.dumps({"device": "NVIDIA H200", "entries": entries}))
     (table, *_) = store.tables("NVIDIA H200")
     at = lambda M, **other: store.look_up(table, Problem("fwd", M, 4096, other.get("K", 4096), 16, torch.bfloat16))
     assert at(8192) == Plan(**PLAN | {"warps": 4})

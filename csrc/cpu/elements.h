@@ -1,4 +1,4 @@
-// Element by element: the dropout mask and casts.
+// Element by element: the dropout mask, casts and sums.
 #pragma once
 
 namespace {
@@ -59,5 +59,21 @@ void cast(lk::Dtype to, const float* from, void* dst, int64_t n) {
     cast_to(from, static_cast<f16*>(dst), n);
   else
     cast_to(from, static_cast<float*>(dst), n);
+}
+
+template <class T>
+void add_to(const float* from, T* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(to + i, ::add(load(to + i), load(from + i)));
+  if (i < n) store(to + i, ::add(load(to + i, n - i), load(from + i, n - i)), n - i);
+}
+
+void accumulate(lk::Dtype to, const float* from, void* dst, int64_t n) {
+  if (to == lk::kBF16)
+    add_to(from, static_cast<bf16*>(dst), n);
+  else if (to == lk::kF16)
+    add_to(from, static_cast<f16*>(dst), n);
+  else
+    add_to(from, static_cast<float*>(dst), n);
 }
 }  // namespace

@@ -68,6 +68,16 @@ struct Batched {
   Form form;
 };
 void lora_batched_fwd(const Batched& b);
+// h [M, R] in fp32, zeroed by the caller: the rows with an adapter are written up to its rank.
+void lora_shrink(const Batched& b, float* h);
+// y += h B^T in place; h in y's type or fp32.
+void lora_expand(const Batched& b, In h, Dtype h_type);
+// The backward of several slices that share x: Batched::h is read; dx is null where not needed.
+struct BatchedGrads {
+  In dy;
+  void *d_a, *d_b;  // [L, R, K] and [L, N, R] in the pools' types, zeroed by the caller; null where not needed
+};
+void lora_batched_bwd(const std::vector<Batched>& slices, const std::vector<BatchedGrads>& grads, Out dx);
 void batched_mask(uint64_t seed, int64_t M, int64_t K, int64_t L, const int32_t* ids, const float* dropout_p, uint32_t* mask, int threads);
 
 void dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, uint32_t* mask, int threads);

@@ -1,4 +1,7 @@
 // Which instruction set runs: cpuid at the first call, LORA_KERNELS_CPU_ISA overrides.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -8,14 +11,26 @@
 namespace lk {
 namespace {
 
+#if defined(__x86_64__)
+// by hand: clang 14's __builtin_cpu_supports does not know these names
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+}
+bool has_avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
+#endif
+
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
+  if (avx512 && has_avx512_bf16()) found.push_back(&kAvx512Bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
 #endif

@@ -1,4 +1,4 @@
-"""The CPU engine's implementations of the ops: the plan picks a form, one call hands over pointers."""
+"""The CPU engine's implementations of the ops (those of many adapters: cpu_batched.py): the plan picks a form, one call hands over pointers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from .._errors import LoraValueError
 from ..reference import drop_threshold, keep_scale, unpack_bits
 from ..tuning import cpu as plan
+from . import cpu_batched
 
 try:
     from .. import _C
@@ -150,55 +151,8 @@ lora_linear_fwd.prepare = _prepare_fwd
 lora_linear_bwd.prepare = _prepare_bwd
 
 
-# ------------------------------------------------------------------------------------------------------------ many adapters
-
-
-def _batched_refuses(
-    x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant
-) -> str | None:
-    if x.dtype not in DTYPES or not _row_major(x):
-        return _refuses(x)
-    for i, (w, bias, a, b) in enumerate(zip(weights, biases, pools_a, pools_b, strict=True)):
-        if not _row_major(w) or not _row_major(a[0]) or not _row_major(b[0]):
-            return f"the columns of weight, pool_a or pool_b of slice {i} are not contiguous"
-        if bias is not None and bias.stride(0) != 1 and bias.shape[0] != 1:
-            return "bias is not contiguous"
-    for name, t in (("token_lora_mapping", ids), ("ranks", ranks), ("scalings", scalings), ("dropout_p", dropout_p)):
-        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
-            return f"{name} is not contiguous"
-    return None
-
-
-def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
-    """`reference_batched.lora_batched_fwd` by the native kernels."""
-    M, K = x.shape
-    S, L = len(weights), pools_a[0].shape[0]
-    R = pools_a[0].shape[1] // S if rank_packed else pools_a[0].shape[1]
-    dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
-    N_all = sum(w.shape[0] for w in weights)
-    y, h = x.new_empty((M, N_all)), x.new_empty((S, M, R))
-    mask = x.new_empty((0,) if dropout_p is None else (M, (K + 31) // 32), dtype=torch.int32)
-    if dropout_p is not None:
-        _C.cpu_batched_mask(int(seed) & (2**64 - 1), M, K, L, ids.data_ptr(), dropout_p.data_ptr(), mask.data_ptr(), threads)
-    column = 0
-    for i in range(S):
-        weight, bias, a, b = weights[i], biases[i], pools_a[i], pools_b[i]
-        N = weight.shape[0]
-        # one form for every M where a row's bits must not depend on M; PyTorch's own product is not on offer: it would round y twice
-        form = plan.form("fwd", dtype, M, N, K) if not batch_invariant else _PANELS
-        _C.cpu_batched_fwd(
-            M, N, K, R, L, dtype, _PANELS if form == _RANK_ONLY else form, threads,
-            x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), 0 if bias is None else bias.data_ptr(),
-            a.data_ptr(), a.stride(0), a.stride(1), DTYPES[a.dtype], b.data_ptr(), b.stride(0), b.stride(1), DTYPES[b.dtype],
-            i if rank_packed else 0, ids.data_ptr(), 0 if ranks is None else ranks[i].data_ptr(), 0 if scalings is None else scalings[i].data_ptr(),
-            0 if dropout_p is None else dropout_p.data_ptr(), mask.data_ptr(), y[:, column:].data_ptr(), N_all, h[i].data_ptr(),
-        )  # fmt: skip
-        column += N
-    return y, h, mask
-
-
 OPS = {
-    "lora_batched_fwd": (lora_batched_fwd, _batched_refuses),
+    **cpu_batched.OPS,
     "lora_linear_fwd": (lora_linear_fwd, _fwd_refuses),
     "lora_linear_bwd": (lora_linear_bwd, _bwd_refuses),
 }

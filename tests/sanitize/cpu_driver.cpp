@@ -1,51 +1,8 @@
 // Runs the CPU engine over odd sizes on exactly sized heap blocks, so that a sanitizer or valgrind sees every byte out of place, and checks fp32
 // results against plain loops. Exit status 1 on a wrong result.
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <memory>
-#include <random>
-
-#include "cpu/engine.h"
+#include "driver.h"
 
 namespace {
-
-int failures = 0;
-
-struct Matrix {  // rows x cols in the type's bytes, row stride ld, not a byte more than its last element
-  int64_t rows, cols, ld;
-  lk::Dtype type;
-  std::unique_ptr<char[]> data;
-  Matrix(int64_t r, int64_t c, lk::Dtype t, int64_t pad, std::mt19937& rng) : rows(r), cols(c), ld(c + pad), type(t), data(new char[bytes()]) {
-    std::uniform_real_distribution<float> uniform(-1, 1);
-    for (int64_t i = 0; i < r; i++)
-      for (int64_t j = 0; j < c; j++) set(i, j, uniform(rng));
-  }
-  size_t bytes() const { return rows ? static_cast<size_t>(((rows - 1) * ld + cols) * (type == lk::kF32 ? 4 : 2)) : 0; }
-  void set(int64_t i, int64_t j, float v) {
-    uint32_t u;
-    std::memcpy(&u, &v, 4);
-    const uint16_t half = type == lk::kBF16 ? static_cast<uint16_t>(u >> 16) : static_cast<uint16_t>((u >> 16 & 0x8000) | 0x3800 | (u >> 13 & 0x3ff));
-    if (type == lk::kF32)
-      std::memcpy(data.get() + (i * ld + j) * 4, &v, 4);
-    else
-      std::memcpy(data.get() + (i * ld + j) * 2, &half, 2);
-  }
-  float f32(int64_t i, int64_t j) const {
-    float v;
-    std::memcpy(&v, data.get() + (i * ld + j) * 4, 4);
-    return v;
-  }
-  lk::In in() const { return {data.get(), ld}; }
-  lk::Out out() { return {data.get(), ld}; }
-};
-
-void expect(bool ok, const char* isa, const char* what, int64_t M, int64_t N, int64_t K, int64_t R) {
-  if (ok) return;
-  failures++;
-  std::printf("%s: wrong %s at M %ld N %ld K %ld R %ld\n", isa, what, static_cast<long>(M), static_cast<long>(N), static_cast<long>(K),
-              static_cast<long>(R));
-}
 
 void run(int64_t M, int64_t N, int64_t K, int64_t R, lk::Dtype type, lk::Dtype adapter, lk::Form form, uint32_t threshold, int64_t pad) {
   std::mt19937 rng(static_cast<unsigned>(M * 131 + N * 17 + K * 3 + R));
@@ -88,18 +45,27 @@ void run(int64_t M, int64_t N, int64_t K, int64_t R, lk::Dtype type, lk::Dtype a
 
 }  // namespace
 
-int main() {
-  const int64_t shapes[][4] = {{0, 5, 7, 3},    {1, 1, 1, 1},     {1, 33, 65, 4},  {2, 65, 33, 3},  {3, 17, 31, 5},  {5, 63, 129, 17},
-                               {7, 100, 95, 8}, {13, 66, 63, 24}, {33, 31, 47, 9}, {50, 7, 70, 65}, {61, 130, 2, 2}, {2, 3, 2101, 1}};
+// "small": a few odd sizes, for valgrind
+int main(int argc, char** argv) {
+  const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
+  const int64_t all[][4] = {{0, 5, 7, 3},    {1, 1, 1, 1},     {1, 33, 65, 4},  {2, 65, 33, 3},  {3, 17, 31, 5},  {5, 63, 129, 17},
+                            {7, 100, 95, 8}, {13, 66, 63, 24}, {33, 31, 47, 9}, {50, 7, 70, 65}, {61, 130, 2, 2}, {2, 3, 2101, 1}};
   int runs = 0;
   for (const std::string& isa : lk::isas()) {
     lk::use_isa(isa);
-    for (const auto& s : shapes)
+    for (const auto& s : all) {
+      if (small && s[0] * s[1] * s[2] > 32000) continue;
       for (const lk::Dtype type : {lk::kF32, lk::kBF16, lk::kF16})
         for (const lk::Dtype adapter : {type, lk::kF32})
-          for (const lk::Form form : {lk::kInPlace, lk::kPanels, lk::kRankOnly})
-            for (const uint32_t threshold : {0u, 20000u})
-              for (const int64_t pad : {0, 3}) run(s[0], s[1], s[2], s[3], type, adapter, form, threshold, pad), runs++;
+          for (const uint32_t threshold : {0u, 20000u})
+            for (const int64_t pad : {0, 3}) {
+              if (small && (pad > 0) != (threshold > 0)) continue;
+              for (const lk::Form form : {lk::kInPlace, lk::kPanels, lk::kRankOnly})
+                run(s[0], s[1], s[2], s[3], type, adapter, form, threshold, pad), runs++;
+              for (const lk::Form form : {lk::kInPlace, lk::kPanels})
+                run_batched(s[0], s[1], s[2], s[3], type, adapter, form, threshold > 0, pad), runs++;
+            }
+    }
     std::printf("%-12s done\n", isa.c_str());
   }
   std::printf("%d runs, %d failures\n", runs, failures);

@@ -11,7 +11,7 @@ mkdir -p "$out"
 compile() { # name, flags...
   name=$1
   shift
-  for source in csrc/cpu/*.cpp tests/sanitize/cpu_driver.cpp; do
+  for source in csrc/cpu/*.cpp tests/sanitize/*_driver.cpp; do
     case $(uname -m):$source in
       x86_64:*isa_avx512_bf16.cpp) isa="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16" ;;
       x86_64:*isa_avx512.cpp) isa="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq" ;;
@@ -31,5 +31,5 @@ compile asan -O0 -fsanitize=address,undefined -fno-sanitize-recover=all # -O1 ta
 if command -v valgrind > /dev/null; then
   echo "== valgrind memcheck"
   compile plain -O2
-  valgrind -q --error-exitcode=1 --leak-check=full "$out/plain"
+  valgrind -q --error-exitcode=1 --leak-check=full "$out/plain" small
 fi

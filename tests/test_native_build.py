@@ -1,0 +1,72 @@
+"""csrc/native_build.py without a C++ compiler: one clear reason, no module, and an install that goes on without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def native_build(monkeypatch):
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "native_build.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "native_build", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "cuda_part", lambda build_dir: None)
+    return module
+
+
+def test_no_compiler_on_the_path(native_build, monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(native_build.CannotBuild, match="no C\\+\\+ compiler found; fix: install"):
+        native_build.build(tmp_path / "lib" / "_C.so", tmp_path / "build")
+    assert not (tmp_path / "lib" / "_C.so").exists()
+
+
+def test_a_compiler_that_is_not_there(native_build, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    pytest.importorskip("ninja")
+    with pytest.raises(native_build.CannotBuild, match="the compiler failed, see above"):
+        native_build.build(tmp_path / "lib" / "_C.so", tmp_path / "build")
+    assert not (tmp_path / "lib" / "_C.so").exists()
+
+
+def test_cxx_may_carry_arguments(native_build, monkeypatch):
+    monkeypatch.setenv("CXX", "ccache clang++")
+    assert native_build.compiler() == ["ccache", "clang++"]
+
+
+def test_setup_goes_on_without_the_module(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "tmp")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CXX": "/nonexistent/c++"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the native module is not built" in done.stderr
+    assert not list(tmp_path.rglob("_C*.so"))
+
+
+def test_the_package_works_without_the_module():
+    """In a fresh interpreter to which lora_kernels._C cannot be imported."""
+    code = """
+import sys
+sys.modules["lora_kernels._C"] = None
+import torch
+import lora_kernels as lk
+from lora_kernels.ops import _registry
+x, ids = torch.ones(3, 8), torch.tensor([0, -1, 1], dtype=torch.int32)
+lk.lora_linear(x, torch.ones(5, 8), None, torch.ones(2, 8), torch.ones(5, 2))
+lk.lora_batched_linear(x, torch.ones(5, 8), None, torch.ones(2, 4, 8), torch.ones(2, 5, 4), ids)
+print(_registry.provider("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the native module is not built" in done.stdout
+    assert "fix:" in done.stdout

@@ -171,7 +171,7 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise LoraTypeError(message("lora_linear: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
         return seed.to(device).reshape(1)
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 
 def lora_linear(
@@ -225,7 +225,7 @@ def lora_linear(
     run = key = None
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.dim() else None
     if flat is not None and not torch.compiler.is_compiling() and _direct(flat, weight, lora_a, lora_b):
-        third = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.data_ptr() & 15)
+        third = None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.data_ptr() & 15)
         # type(): True == 1.0, but a bool is no scaling
         key = _signature(flat, weight, lora_a, lora_b, third, dropout_p, type(dropout_p), training, backend, strict)
         run = _forward_runs.get(key)

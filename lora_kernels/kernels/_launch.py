@@ -137,7 +137,7 @@ def workspace(device: torch.device, stream: int, ints: int) -> Tensor:
     found = _workspaces.get((device, stream))
     if found is None or found.numel() < ints:
         # The zeroing runs on the stream that will use it; an outgrown buffer goes back to the allocator, which reuses it on this stream.
-        found = _workspaces[device, stream] = torch.zeros(max(ints, 1024), dtype=torch.int32, device=device)
+        found = _workspaces[device, stream] = _device.kept_zeros(device, max(ints, 1024))
     return found
 
 

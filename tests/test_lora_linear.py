@@ -250,3 +250,11 @@ def test_bad_input(name):
     with pytest.raises(kind, match=pattern) as caught:
         lk.lora_linear(**(good | changed))
     assert isinstance(caught.value, lk.LoraKernelsError)
+
+
+def test_bias_of_other_strides_in_a_known_signature() -> None:
+    """What was decided for a contiguous bias is not used for one that only differs in its stride."""
+    x, weight, lora_a, lora_b = torch.randn(50, 64), torch.randn(48, 64), torch.randn(4, 64), torch.randn(48, 4)
+    for bias in (torch.randn(48), torch.randn(96)[::2], torch.randn(1).expand(48)):
+        want = torch.nn.functional.linear(x, weight, bias) + (x @ lora_a.t()) @ lora_b.t()
+        torch.testing.assert_close(lk.lora_linear(x, weight, bias, lora_a, lora_b), want, rtol=1e-4, atol=1e-3)

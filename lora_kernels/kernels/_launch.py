@@ -67,10 +67,11 @@ class Launcher:
         launcher = compiled.run
         if launcher.global_scratch_size or launcher.profile_scratch_size:
             return  # needs a buffer per launch: stay on Triton's own path
-        self.raw, self.encode = _c_launch(launcher)
+        raw, self.encode = _c_launch(launcher)
         self.function = compiled.function
         self.head = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
         self.tail = (*self.ints, *(self.constants[name] for name in self.fn.arg_names if name in self.constants))
+        self.raw = raw  # last: another thread takes it as the sign that the rest is there
 
     def _describe(self, maps: dict[int, list], address: int, tensor: Tensor, block: list[int]) -> list:
         """The kernel arguments of one descriptor (encoded map, shape, strides), remembered by address."""
@@ -136,7 +137,7 @@ def workspace(device: torch.device, stream: int, ints: int) -> Tensor:
     found = _workspaces.get((device, stream))
     if found is None or found.numel() < ints:
         # The zeroing runs on the stream that will use it; an outgrown buffer goes back to the allocator, which reuses it on this stream.
-        found = _workspaces[device, stream] = torch.zeros(max(ints, 1024), dtype=torch.int32, device=device)
+        found = _workspaces[device, stream] = _device.kept_zeros(device, max(ints, 1024))
     return found
 
 

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from .. import _batch_table, _device
+from ._launch import workspace
 from .batched_decode import decode_kernel, shrink_kernel
 from .batched_prefill import batched_linear_kernel, segment_reduce_kernel
 
@@ -61,23 +62,9 @@ def rank_chunk(R: int) -> int:
     return min(64, max(16, triton.next_power_of_2(R)))
 
 
-_scratch: dict[tuple[torch.device, int], Tensor] = {}
-
-
 def scratch(device: torch.device, words: int) -> Tensor:
-    """Zeroed int32 counters of the current stream of `device`; every kernel leaves them zero.
-
-    Kept per stream, as launches that overlap must not share them. Graphs captured on one stream share them too: do not replay two of them
-    at the same time. Under capture a buffer that must grow is not kept: its zeroing becomes part of the graph.
-    """
-    on_gpu = device.type == "cuda"
-    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)
-    kept = _scratch.get(key)
-    if kept is None or kept.numel() < words:
-        kept = torch.zeros(max(words, 16384), dtype=torch.int32, device=device)
-        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
-            _scratch[key] = kept
-    return kept
+    """Zeroed int32 counters of the current stream of `device`; every kernel leaves them zero. Under capture each call has its own."""
+    return workspace(device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0, words)
 
 
 def on_its_device(run):
@@ -153,7 +140,7 @@ def _launch_tiles(x, y, h, weights, biases, pools_b, ranks, table, block, plan, 
 
 
 def _bias_tuple(biases, fallback) -> tuple:
-    return tuple(biases) if biases is not None and biases[0] is not None else tuple(fallback)
+    return tuple(b.contiguous() for b in biases) if biases is not None and biases[0] is not None else tuple(fallback)
 
 
 def _launch_decode(x, y, h, weights, biases, pools_a, pools_b, ranks, scalings, table, block, packed):
@@ -265,7 +252,7 @@ def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scal
     dy, x = _rows(dy), _rows(x)
     M, R, L = x.shape[0], h.shape[2], pools_a[0].shape[0]
     at = _batch_table.layout(M, L, block)
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     das = [p.new_zeros(p.shape) for p in pools_a] if need_da else []
     dbs = [p.new_zeros(p.shape) for p in pools_b] if need_db else []
     if M == 0:

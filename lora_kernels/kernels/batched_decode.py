@@ -19,7 +19,7 @@ order them. The last arriver at a counter acquires with the same atomic (acq_rel
 Nothing is summed by arrival: the last arriver reads the parts back and adds them in ascending order, its own among them.
 Self-reset: an arrival counter is put back by its last arriver, whom nobody follows in this launch. Ticket, groups and exits are put back
 by the program that leaves last: every other program has added to exits after its last use of them. A relaxed store is enough there, for the
-next reader is another launch on the same stream. Replays of a CUDA graph therefore start clean with no memset.
+next reader is another launch on the same stream. Replays of a CUDA graph therefore start clean.
 `sync` belongs to one stream (see `scratch` in kernels/batched.py); two launches that overlap must not share it.
 
 A row's bits do not depend on its neighbours: the parts of h are cut by (K, KC), not by the number of units; the low-rank term of a row is

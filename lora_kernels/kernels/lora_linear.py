@@ -54,7 +54,8 @@ class Forward:
         self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
         self.y_shape, self.h_shape = (M, N), (M, R)
         self.mask_shape = (M, -(-K // 32)) if dropout_p > 0 else None
-        self.no_mask = x.new_empty(0, dtype=torch.int32)
+        with torch.inference_mode(False):  # kept: made by a first call in inference mode, autograd would not save it later
+            self.no_mask = x.new_empty(0, dtype=torch.int32)
         cast_a = lora_a.dtype != x.dtype
         plan = fit(plan, problem, N % 8 == 0 and regular(x, weight), K % 8 == 0 if cast_a else regular(lora_a))
         y = x.new_empty(self.y_shape)
@@ -140,6 +141,7 @@ def lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     """See `reference.lora_linear_fwd`."""
     if x.shape[0] == 0:
         return reference.lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    bias = bias if bias is None else bias.contiguous()
     key = (x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, lora_a.stride(), lora_a.dtype, lora_b.shape)
     key += (lora_b.stride(), lora_b.dtype, dropout_p, _alignment(x, weight, bias, lora_a, lora_b), _tf32(x))
     forward = _forwards.get(key) or _put(_forwards, key, Forward(x, weight, bias, lora_a, lora_b, dropout_p))
@@ -166,7 +168,7 @@ def _tf32(x: Tensor) -> bool:
 
 def _prepare_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     """`lora_linear_fwd` for every call of this signature, without looking it up again; None where addresses or settings matter too."""
-    if x.shape[0] == 0 or not regular(x) or _alignment(x, weight, bias, lora_a, lora_b):
+    if x.shape[0] == 0 or not regular(x) or _alignment(x, weight, bias, lora_a, lora_b) or (bias is not None and not bias.is_contiguous()):
         return None
     forward = Forward(x, weight, bias, lora_a, lora_b, dropout_p)
     return lambda x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed: on_device(x, forward, x, weight, bias, lora_a, lora_b, scaling, seed)

@@ -91,7 +91,7 @@ def _sync_buffer(device: torch.device, stream: int, ints: int) -> Tensor:
         return torch.zeros(ints, dtype=torch.int32, device=device)
     found = _sync.get((device, stream))
     if found is None or found.numel() < ints:
-        found = _sync[device, stream] = torch.zeros(max(ints, 1024), dtype=torch.int32, device=device)
+        found = _sync[device, stream] = _device.kept_zeros(device, max(ints, 1024))
     return found
 
 

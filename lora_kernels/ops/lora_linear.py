@@ -171,7 +171,7 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise LoraTypeError(message("lora_linear: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
         return seed.to(device).reshape(1)
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 
 def lora_linear(

@@ -199,3 +199,14 @@ def test_everything_dropped(force) -> None:
     assert not got["mask"].any()
     assert not got["da"].any()
     assert rmse(got["y"], want["y"].double()) < 1e-6
+
+
+def test_strided_bias_and_inference_mode_first() -> None:
+    """A bias as a column of a table; a first call in inference mode leaves nothing behind that autograd cannot save."""
+    t = operands(case := Case("pointer", "fp32", 5, 33, 40, 4))
+    lora_linear._forwards.clear()
+    with torch.inference_mode():
+        run(lora_linear, t, case)
+    got = run(lora_linear, t | {"bias": t["bias"].repeat_interleave(2)[::2]}, case)
+    assert torch.equal(got["y"], run(lora_linear, t, case)["y"])
+    assert not got["mask"].is_inference()

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_kernels import _batch_table
-from lora_kernels.kernels import batched, batched_table
+from lora_kernels.kernels import _launch, batched, batched_table
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may have; CUDA C++ Programming Guide, compute capabilities
@@ -102,7 +102,7 @@ def recorded(call: Call, arch: int, monkeypatch) -> list[tuple]:
         for name in KERNELS:
             patch.setattr(batched, name, Recorder(getattr(batched, name), launches))
         call.run()
-    batched._scratch.clear()
+    _launch._workspaces.clear()
     return launches
 
 

@@ -20,6 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED = "sanitize"  # tests with this word in their name run under compute-sanitizer
+CUDA_TESTS = "tests/gpu/test_cuda_kernels.py"
+WORKERS = "8"  # test processes: most of their time goes to Triton's compiler; a device fault ends only the process that met it
+HAS_KERNELS = "from lora_kernels import _C; print(len(_C.cuda_kernels()), 'CUDA kernels')"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Step:
 
 
 def steps(python: str, out: Path, wheels: Path | None, bench_minutes: float) -> list[Step]:
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors", "-m", "gpu"]
     found = []
     if wheels is not None:
         names = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
@@ -39,13 +42,16 @@ def steps(python: str, out: Path, wheels: Path | None, bench_minutes: float) -> 
         found.append(Step("wheels", [python, "-m", "pip", "install", "-q", *options, *names], 60))
     found += [
         Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 150),
+        Step("native", [python, "-c", HAS_KERNELS], 20),  # setup.py ends well without a module, and its tests would skip
         Step("env", [python, "-m", "lora_kernels", "env"], 30),
-        Step("tests", [*tests, "tests"], 180, none_is_fine=True),
+        Step("tests", [*tests, "-n", WORKERS, "--ignore", CUDA_TESTS, "tests"], 150, none_is_fine=True),
+        Step("cuda-tests", [*tests, "-n", WORKERS, CUDA_TESTS], 100, none_is_fine=True),
+        Step("cuda-forms", [python, "benchmarks/cuda_forms.py", "--seconds", "40"], 60),
     ]
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer:
         for tool in ("memcheck", "racecheck"):
-            watched = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "86", *tests, "-k", SANITIZED, "tests"]
+            watched = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "86", *tests, "-k", SANITIZED, "tests/gpu"]
             found.append(Step(tool, watched, 60, none_is_fine=True))
     bench = [python, "-m", "lora_kernels", "bench", "--out", str(out / "results"), "--minutes", f"{bench_minutes:g}"]
     return [*found, Step("bench", bench, int(60 * bench_minutes) + 45)]
@@ -59,7 +65,7 @@ def run(step: Step, out: Path, limit: float, env: dict[str, str]) -> dict:
         try:
             code = child.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGTERM)
+            os.killpg(child.pid, signal.SIGINT)  # pytest then still reports the failures it has seen
             try:
                 child.wait(5)
             except subprocess.TimeoutExpired:

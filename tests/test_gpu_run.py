@@ -30,7 +30,7 @@ def test_steps_in_order_and_within_nine_minutes(driver, tmp_path):
     (tmp_path / "a.whl").touch()
     found = driver.steps("python3", tmp_path, tmp_path, 3.5)
     names = [s.name for s in found if s.name not in ("memcheck", "racecheck")]
-    assert names == ["wheels", "build", "env", "tests", "bench"]
+    assert names == ["wheels", "build", "native", "env", "tests", "cuda-tests", "cuda-forms", "bench"]
     assert "--no-index" in found[0].command
     assert found[0].command[-1].endswith("a.whl")
     assert not any(word.startswith(("http", "venv")) for s in found for word in s.command)
@@ -42,7 +42,15 @@ def test_step_past_its_limit_is_ended_with_all_it_started(driver, tmp_path):
     entry = driver.run(_step(driver, "slow", code), tmp_path, 2.0, dict(os.environ))
     assert entry["outcome"] == "out of time"
     assert entry["seconds"] < 20
-    assert (tmp_path / "slow.log").read_text() == "up\n"
+    assert (tmp_path / "slow.log").read_text().startswith("up\n")
+
+
+def test_pytest_past_its_limit_reports_what_failed(driver, tmp_path):
+    (tmp_path / "test_it.py").write_text("import time\ndef test_bad(): assert 2 + 2 == 5\ndef test_long(): time.sleep(60)\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
+    entry = driver.run(driver.Step("late", command, 30), tmp_path, 6.0, {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    assert entry["outcome"] == "out of time"
+    assert "assert (2 + 2) == 5" in (tmp_path / "late.log").read_text()
 
 
 @pytest.mark.parametrize(

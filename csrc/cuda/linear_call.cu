@@ -13,8 +13,8 @@ void linear(const LinearCall& c, void* stream) {
     fail(call, "allowed: M >= 1; N, K, R multiples of 8; R to 256");
   if (c.cluster != 1 && c.cluster != 2) fail(call, "allowed: clusters of 1 and 2");
   if (c.group_m < 1) fail(call, "allowed: group_m >= 1");
-  if (c.column0 && (c.R < 8 || c.masked || c.sync == nullptr || c.h == nullptr))
-    fail(call, "column-0 form needs R >= 8, h and sync, and takes no mask");
+  if (c.column0 && (c.R < 8 || c.masked || c.dependent || c.sync == nullptr || c.h == nullptr))
+    fail(call, "column-0 form needs R >= 8, h and sync, takes no mask and waits for no earlier launch");
   if (c.masked && (!c.backward || c.mask == nullptr || c.R < 8)) fail(call, "a mask is for dx, with R >= 8");
   if (reinterpret_cast<uintptr_t>(c.bias) % 4) fail(call, "bias is not 4-byte aligned");
   const LinearRun run = c.column0 ? (c.backward ? dx_column0(c) : forward_column0(c)) : (c.backward ? dx_update(c) : forward_update(c));

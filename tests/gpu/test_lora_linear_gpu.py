@@ -64,6 +64,15 @@ def run(c: Case) -> dict[str, torch.Tensor]:
     return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_sanitize_every_form(form, force) -> None:
+    """Small, with tails in every direction, for compute-sanitizer."""
+    force(form)
+    for dropout_p in (0.0, 0.3):
+        c = Case.random(300, 520, 136, 24, bf16, device="cuda", dropout_p=dropout_p)
+        assert_close(run(c), c)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=dtype_id)
 @pytest.mark.parametrize("shape", ODD, ids=shape_id)

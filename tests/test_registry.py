@@ -64,3 +64,19 @@ def test_works_without_triton_and_native_module():
         "assert lk.lora_linear(torch.ones(2, 8), torch.ones(4, 8), None, torch.ones(2, 8), torch.ones(4, 2)).tolist() == [[24.0] * 4] * 2"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_first_call_in_inference_mode_leaves_training_as_it_is():
+    """Evaluate, then train: nothing that the first call keeps may be an inference tensor, which autograd refuses to save."""
+    code = (
+        "import torch, lora_kernels as lk\n"
+        "x, w, a, b = torch.ones(2, 8), torch.ones(4, 8), torch.ones(2, 8), torch.ones(4, 2)\n"
+        "ids = torch.zeros(2, dtype=torch.int32)\n"
+        "with torch.inference_mode():\n"
+        "    lk.lora_linear(x, w, None, a, b); lk.lora_batched_linear(x, w, None, a[None], b[None], ids)\n"
+        "a.requires_grad_(); b.requires_grad_()\n"
+        "lk.lora_linear(x, w, None, a, b).sum().backward()\n"
+        "lk.lora_batched_linear(x, w, None, a[None], b[None], ids).sum().backward()\n"
+        "assert a.grad.abs().sum() > 0 and b.grad.abs().sum() > 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,7 +20,8 @@ except ImportError as error:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lk::Dtype
 _PANELS, _RANK_ONLY = plan.FORMS.index("panels"), plan.FORMS.index("torch")
-_NO_MASK = torch.empty(0, dtype=torch.int32)
+with torch.inference_mode(False):  # this module may be imported by a first call in inference mode; autograd would not save its tensors
+    _NO_MASK = torch.empty(0, dtype=torch.int32)
 _threads = torch.get_num_threads
 
 

@@ -66,8 +66,7 @@ def _form(dtype: int, M: int, N: int, K: int, batch_invariant: bool) -> int:
     if batch_invariant:  # one form for every M
         return _PANELS
     form = plan.form("fwd", dtype, M, N, K)
-    # Rank terms cost panels one packed B per adapter and panel. bf16, M 64, 8 / 64 adapters, in place over panels: 0.96 / 0.88 at 576 x 576,
-    # 0.97 / 0.96 at 2048 x 2048, 1.33 / 1.40 at 4096 x 4096 (avx512_bf16).
+    # Rank terms cost panels one packed B per adapter and panel, which only a large W repays (a rule of thumb: no table covers it yet).
     if form != 0 and dtype == DTYPES[torch.bfloat16] and M <= 64 and N * K <= 2048 * 2048 and _C.cpu_isa() == "avx512_bf16" and plan._forced is None:
         return 0
     return _PANELS if form == _RANK_ONLY else form  # PyTorch's own product is not on offer: y would be rounded twice

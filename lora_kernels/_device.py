@@ -37,7 +37,7 @@ _VARIABLES = tuple(os.environ.encodekey(name) for name in ("LORA_KERNELS_BACKEND
 
 
 def env_state() -> tuple:
-    """The two variables as they are, for a cache key: os.environ's own dict, as its checked look-up costs 0.6 us for an unset name."""
+    """The two variables as they are, for a cache key: os.environ's own dict, as its checked look-up is slow for an unset name."""
     values = os.environ._data
     return values.get(_VARIABLES[0]), values.get(_VARIABLES[1])
 

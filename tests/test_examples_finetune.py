@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import finetune  # noqa: E402
 import text  # noqa: E402
+import tiny_llama  # noqa: E402
 import training  # noqa: E402
 
 import lora_kernels as lk  # noqa: E402
@@ -23,19 +23,7 @@ import lora_kernels as lk  # noqa: E402
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A random 2-layer Llama with a byte-level tokenizer, as a model folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    size = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).save_pretrained(folder)
-    return folder
+    return tiny_llama.save(tmp_path_factory.mktemp("tiny"), hidden=32)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ inline int64_t size_of(Dtype t) { return t == kF32 ? 4 : 2; }
 inline const void* offset(const void* p, Dtype t, int64_t n) { return static_cast<const char*>(p) + n * size_of(t); }
 inline void* offset(void* p, Dtype t, int64_t n) { return static_cast<char*>(p) + n * size_of(t); }
 
-constexpr int64_t kSerialWork = 32768;  // multiply-adds below which waking the pool (3 us) costs more than it gives
+constexpr int64_t kSerialWork = 32768;  // multiply-adds below which waking the pool costs more than it gives
 inline int threads_for(int64_t work, int threads) { return work < kSerialWork ? 1 : threads; }
 
 // out[:, 0:N] in dot form

@@ -1,8 +1,8 @@
 """Launching: one compiled kernel per `Launcher`, device guard, sync workspace, and a recorder that lets configs be compiled without a GPU.
 
-Triton's own launch binds, specialises and hashes every argument of every call (about 20 us for 25 arguments) and encodes each TMA
-descriptor anew. A `Launcher` belongs to one call signature (shapes, strides, dtypes, alignment), so it goes through Triton once and
-afterwards hands raw pointers, remembered descriptors and a constant tail straight to the compiled kernel's C launcher.
+Triton's own launch binds, specialises and hashes every argument of every call and encodes each TMA descriptor anew. A `Launcher`
+belongs to one call signature (shapes, strides, dtypes, alignment), so it goes through Triton once and afterwards hands raw pointers,
+remembered descriptors and a constant tail straight to the compiled kernel's C launcher.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Forward:
             self.update = Update(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t(), y)
 
     def __call__(self, stream: int, x, weight, bias, lora_a, lora_b, scaling, seed) -> tuple[Tensor, Tensor, Tensor]:
-        h = x.new_empty(*self.h_shape)  # unpacked: 0.3 us less than a tuple
+        h = x.new_empty(*self.h_shape)  # unpacked: cheaper than a tuple
         mask = x.new_empty(*self.mask_shape, dtype=torch.int32) if self.mask_shape else self.no_mask
         lora_a, lora_b = _cast(lora_a, x, self.cast_a), _cast(lora_b, x, self.cast_b)
         if self.column0 is not None:

@@ -41,6 +41,8 @@ class AdapterPool:
         with pool.batch(["sql", None, "legal"]):          # one adapter, or none, per sequence
             model.generate(**three_prompts)
 
+    Equivalent to: running each row of the batch through `PeftModel.from_pretrained(model, its adapter)`, or the bare model for None.
+
     Outside a batch the model computes what it did before, bit for bit; so do rows without an adapter (see exact_base). `close` puts the
     model back; the pool is a context manager that closes itself.
 

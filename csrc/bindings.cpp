@@ -1,6 +1,8 @@
-// The only file that knows Python. Pointers come as integers (tensor.data_ptr()), leading dimensions in elements, dtypes as lk::Dtype numbers.
+// Only the files bindings*.cpp know Python. Pointers come as integers (tensor.data_ptr()), leading dimensions in elements, dtypes as lk::Dtype numbers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <algorithm>
 
 #include "cpu/engine.h"
 #include "cpu/threads.h"
@@ -125,13 +127,20 @@ void cpu_batched_mask(uint64_t seed, int64_t M, int64_t K, int64_t L, Ptr ids, P
   lk::batched_mask(seed, M, K, L, ptr<const int32_t>(ids), ptr<const float>(dropout_p), ptr<uint32_t>(mask), threads);
 }
 
+std::pair<int32_t, int32_t> cpu_int_range(Ptr p, int64_t count) {
+  const auto [low, high] = std::minmax_element(ptr<const int32_t>(p), ptr<const int32_t>(p) + count);
+  return {*low, *high};
+}
+
 }  // namespace
 
+bool bind_signature(PyObject* module);  // bindings_signature.cpp
 #ifdef LORA_KERNELS_CUDA
 void bind_cuda(py::module_& m);  // csrc/cuda
 #endif
 
 PYBIND11_MODULE(_C, m) {
+  if (!bind_signature(m.ptr())) throw py::error_already_set();
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("cpu_linear_fwd", &cpu_linear_fwd, no_gil);
   m.def("cpu_linear_bwd", &cpu_linear_bwd, no_gil);
@@ -141,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_shrink", &cpu_shrink, no_gil);
   m.def("cpu_expand", &cpu_expand, no_gil);
   m.def("cpu_batched_mask", &cpu_batched_mask, no_gil);
+  m.def("cpu_int_range", &cpu_int_range);
   m.def("cpu_isas", &lk::isas);
   m.def("cpu_isa", [] { return std::string(lk::kernels().name); });
   m.def("cpu_use_isa", &lk::use_isa);

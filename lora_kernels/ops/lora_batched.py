@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import _batch_table, _checks, _checks_batched, _device
 from .._errors import LoraKernelsError, LoraValueError, message
-from .batch_meta import BatchMeta, as_ids, check_ids
-from .lora_linear import _autocasts, _direct, _remember, _run, _signature, draw_seed
+from ..native.signature import signature
+from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks
+from .lora_linear import _autocasts, _run, draw_seed, remember, unobserved
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -107,16 +108,15 @@ class _LoraBatched(torch.autograd.Function):
 _serving_runs: dict[tuple, Callable] = {}
 
 
-def _serving_key(x, weight, bias, a, b, *more) -> tuple | None:
+def _serving_key(x, weight, bias, a, b, ranks, scalings, *more) -> tuple | None:
     """The signature of a call without gradients that nothing can listen to, or None."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _direct(x, weight, a, b):
-        return None
-    vectors = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in (bias, *more[:2])]
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    shown = signature(x, weight, bias, a, b, ranks, scalings) if unobserved() else None
+    if shown is None or (
+        torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
     ):
         return None
-    return _signature(x, weight, a, b, *vectors, *more[2:])
+    return (shown, *more, *_device.env_state())
 
 
 # ------------------------------------------------------------------------------------------------------- arguments, shared
@@ -242,7 +242,7 @@ def lora_batched_linear(
     if run is not None:
         L, R, _ = pools_a[0].shape
         meta = resolve_meta(op, token_lora_mapping, x.shape[0], L, x, batch_invariant)
-        _checks_batched.check_ranks(op, ranks, R)
+        check_ranks(op, ranks, R)
         ranks, scalings = (_checks_batched.row(t, dtype) for t, dtype in ((ranks, torch.int32), (scalings, torch.float32)))
         args = (meta.ids, ranks, scalings, None, None, meta.table, meta.block, rank_packed, meta.batch_invariant)
         return run(x, [weight], [bias], pools_a, pools_b, *args)[0]
@@ -261,7 +261,7 @@ def lora_batched_linear(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     meta = resolve_meta(op, token_lora_mapping, flat.shape[0], L, x, batch_invariant)
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
-    _checks_batched.check_ranks(op, ranks, R)
+    check_ranks(op, ranks, R)
     scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
     dropout_p = _dropout_table(op, dropout_p, training, L, x.device)
     seed = None if dropout_p is None else draw_seed(seed, x.device)
@@ -276,7 +276,7 @@ def lora_batched_linear(
         y = _LoraBatched.apply(call, S, *tensors)
     elif key is not None:
         args = (flat, weights, biases, pools_a, pools_b, *call[:-2])
-        y = _remember(_serving_runs, key, _FWD, backend, strict, args)(*args)[0]
+        y = remember(_serving_runs, key, _FWD, backend, strict, args)(*args)[0]
     else:
         y = _fwd(flat, weights, biases, pools_a, pools_b, *call)[0]
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])

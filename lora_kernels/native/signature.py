@@ -5,6 +5,8 @@ A signature is all that checks, plans and prepared launches depend on besides nu
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -32,19 +34,19 @@ def _from_attributes(*tensors: Tensor | None) -> tuple | None:
     return (*found, addresses & 15)
 
 
-def _fastest():
-    """`_from_attributes`, or its like in C++ where the module is built and torch (2.10 and newer) shows its tensors to C."""
+@functools.cache
+def tensors_shown() -> bool:
+    """Whether the native module is built and can read this torch's tensors."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    usable = exchange is not None and hasattr(_C, "use_exchange") and _C.use_exchange(exchange, Tensor, Parameter)
-    return _C.signature if usable else _from_attributes
+    return _C is not None and exchange is not None and _C.use_exchange(exchange, Tensor, Parameter)
 
 
-signature = _fastest()
+signature = _C.signature if tensors_shown() else _from_attributes
 
 
 def value_range(t: Tensor) -> tuple[int, int]:
     """Least and largest value of integers on a CPU, at least one; aminmax and two reads of a number cost 9 us, this 0.5 us for int32."""
-    if _C is not None and t.dtype == torch.int32 and t.is_contiguous():
-        return _C.cpu_int_range(t.data_ptr(), t.numel())
+    if t.dtype == torch.int32 and t.is_contiguous() and tensors_shown():
+        return _C.cpu_int_range(t)
     low, high = t.aminmax()
     return int(low), int(high)

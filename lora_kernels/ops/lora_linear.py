@@ -92,22 +92,16 @@ def unobserved() -> bool:
     )
 
 
-def remember(runs: dict, key: tuple, op: str, backend: str, strict: bool, args: tuple) -> Callable:
-    """Decide who runs this signature; kept unless a reason was logged (it must be looked at, and may be logged, again)."""
-    run, quiet = _registry.decide(op, backend, strict, args[0].device.type, args)
-    prepare = getattr(run, "prepare", None)
-    return _keep(runs, key, (prepare and prepare(*args)) or run, quiet)
+def _remember(runs: dict, key: tuple, op: str, backend: str, strict: bool, wide: tuple[Tensor, ...], narrow: tuple, **how: bool) -> Callable:
+    """Decide who runs this signature; kept unless a reason was logged (it must be looked at, and may be logged, again).
 
-
-def _remember_nd(runs: dict, key: tuple, op: str, backend: str, strict: bool, wide: tuple[Tensor, ...], narrow: tuple) -> Callable:
-    """`remember` for operands `wide` (x, or dy and x) of any number of dimensions, taken as they are; first result likewise."""
-    if wide[0].dim() == 2:
-        return remember(runs, key, op, backend, strict, (*wide, *narrow))
+    The operands `wide` (x, or dy and x) have any number of dimensions and are taken as they are; first result likewise.
+    """
     args, lead = (*map(_rows, wide), *narrow), wide[0].shape[:-1]
     run, quiet = _registry.decide(op, backend, strict, args[0].device.type, args)
     prepare = getattr(run, "prepare_nd", None)
-    if prepare is not None and all(t.is_contiguous() for t in wide):
-        return _keep(runs, key, prepare(lead, *args), quiet)
+    if prepare is not None and (len(lead) == 1 or all(t.is_contiguous() for t in wide)):
+        return keep(runs, key, prepare(lead, *args, **how), quiet)
     prepare = getattr(run, "prepare", None)
     flat = (prepare and prepare(*args)) or run
 
@@ -115,11 +109,11 @@ def _remember_nd(runs: dict, key: tuple, op: str, backend: str, strict: bool, wi
         first, *rest = flat(*map(_rows, args[: len(wide)]), *args[len(wide) :])
         return first.view(*lead, first.shape[1]) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
 
-    return _keep(runs, key, flattened, quiet)
+    return keep(runs, key, flat if len(lead) == 1 else flattened, quiet)
 
 
-def _keep(runs: dict, key: tuple, run: Callable, keep: bool) -> Callable:
-    if keep:
+def keep(runs: dict, key: tuple, run: Callable, quiet: bool = True) -> Callable:
+    if quiet:
         if len(runs) >= _MAX_SIGNATURES:
             runs.clear()
         runs[key] = run
@@ -138,13 +132,14 @@ class _LoraLinear(torch.autograd.Function):
         else:
             y, h, mask = run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
         ctx.save_for_backward(x, weight, lora_a, lora_b, h, mask)
-        ctx.constants = (scaling, dropout_p, backend, strict)
+        ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx, dy):
         need_dx, _, need_bias, need_da, need_db, _ = ctx.needs_input_grad
-        args = (dy, *ctx.saved_tensors, *ctx.constants, need_dx, need_da, need_db)
+        scaling, dropout_p, _, backend, strict, _ = ctx.call
+        args = (dy, *ctx.saved_tensors, scaling, dropout_p, backend, strict, need_dx, need_da, need_db)
         dx, da, db = _OnceDifferentiable.apply(*args) if torch.is_grad_enabled() else _grads(*args)
         dbias = _rows(dy).sum(0) if need_bias else None
         return dx if need_dx else None, None, dbias, da if need_da else None, db if need_db else None, None
@@ -167,7 +162,7 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     key = (shown, dropout_p, need_dx, need_da, need_db, backend, strict, *_device.env_state())
     run = _backward_runs.get(key)
     if run is None:
-        run = _remember_nd(_backward_runs, key, _BWD, backend, strict, (dy, x), args)
+        run = _remember(_backward_runs, key, _BWD, backend, strict, (dy, x), args)
     return run(dy, x, *args)
 
 
@@ -240,11 +235,13 @@ def lora_linear(
     Source: LoRA, arXiv:2106.09685, eq. 3.
     """
     run = key = None
+    grad = torch.is_grad_enabled()
+    trained = grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad))
     if not unobserved():
         x, weight, bias = _autocast(x, weight, bias)
     elif (shown := signature(x, weight, lora_a, lora_b, bias)) is not None and not x.is_neg():
         # type(): True == 1.0, but a bool is no scaling
-        key = (shown, dropout_p, type(dropout_p), training, backend, strict, *_device.env_state())
+        key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, *_device.env_state())
         run = _forward_runs.get(key)
     if run is None or type(scaling) is not float or scaling - scaling != 0:
         _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
@@ -252,7 +249,6 @@ def lora_linear(
         _checks.check_dropout("lora_linear", dropout_p)
         _checks.check_backend("lora_linear", backend)
         scaling = float(scaling)
-    grad = torch.is_grad_enabled()
     if grad and weight.requires_grad:
         raise LoraValueError(
             message("lora_linear: weight requires grad, but only the adapter is trained", fix="weight.requires_grad_(False), or use F.linear")
@@ -262,8 +258,9 @@ def lora_linear(
     if key is None:
         return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, (scaling, dropout_p, seed, backend, strict, None))
     if run is None:
-        run = _remember_nd(_forward_runs, key, _FWD, backend, strict, (x,), (weight, bias, lora_a, lora_b, scaling, dropout_p, seed))
-    if grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)):
+        args = (weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        run = _remember(_forward_runs, key, _FWD, backend, strict, (x,), args, trained=trained)
+    if trained:
         return _apply(x, weight, bias, lora_a, lora_b, (scaling, dropout_p, seed, backend, strict, run))
     return run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import _checks, _checks_batched
 from .._errors import LoraKernelsError, message
+from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks
-from .lora_batched import as_list, resolve_meta, squeeze_slab
+from .lora_batched import resolve_meta, squeeze_slab
 from .lora_linear import _run
 
 torch.library.define(

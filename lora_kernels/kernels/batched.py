@@ -184,27 +184,26 @@ def _offsets(args: tuple) -> list[int]:
     return [t.data_ptr() % 16 for t in flat if isinstance(t, Tensor)]
 
 
-def _key(op: type, *args: object) -> tuple:
-    """All that a prepared call depends on: shapes, strides, dtypes, device, alignment, constants."""
-    key, together = [op, args[0].device], 0
-    for arg in args:
-        for t in arg if isinstance(arg, list) else (arg,):
+def _key(*facts: object) -> tuple:
+    """All that a prepared call depends on: shapes, strides, dtypes, device, alignment, constants. The first is a tensor."""
+    key, together = [facts[0].device], 0
+    for fact in facts:
+        for t in fact if isinstance(fact, list) else (fact,):
             if isinstance(t, Tensor):
                 key += (t.shape, t.stride(), t.dtype)
                 together |= t.data_ptr()
             else:
                 key.append(t)
-    return (*key, *_offsets(args)) if together & 15 else tuple(key)
+    return (*key, *_offsets(facts)) if together & 15 else tuple(key)
 
 
-def _prepare(op: type, args: tuple, more: tuple, *facts: object) -> Callable:
-    """The call for these arguments and all of the same signature; `facts`: what else it depends on."""
-    key = _key(op, *args, *more, *facts)
+def _prepare(op: type, key: tuple, *args: object) -> Callable:
+    """The call for these arguments and all others of this key."""
     found = _prepared.get(key)
     if found is None:
         if len(_prepared) >= _MAX_SIGNATURES:
             _prepared.clear()
-        found = _prepared[key] = op(*args, *more)
+        found = _prepared[key] = op(*args)
     return found
 
 
@@ -214,7 +213,9 @@ def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings,
     args, more = (x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table), (block, rank_packed, batch_invariant)
     if x.shape[0] == 0:
         return reference_batched.lora_batched_fwd(*args, *more)
-    return on_device(x, _prepare(Forward, args, more, len(weights) > 1 and stacked(weights)), *args)
+    facts = (dropout_p is None, len(weights) > 1 and stacked(weights))
+    key = _key(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, *more, *facts, Forward)
+    return on_device(x, _prepare(Forward, key, *args, *more), *args)
 
 
 def _prepare_fwd(x, weights, biases, *rest):
@@ -240,21 +241,24 @@ def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scal
     args, more = (dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table), (block, need_dx, need_da, need_db)
     if x.shape[0] == 0:
         return reference_batched.lora_batched_bwd(*args, *more)
-    return on_device(x, _prepare(Backward, args, more), *args)
+    key = _key(dy, x, weights, pools_a, pools_b, ids, ranks, scalings, *more, dropout_p is None, Backward)
+    return on_device(x, _prepare(Backward, key, *args, *more), *args)
 
 
 def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_invariant):
     """See `reference_batched.lora_shrink`."""
     x = _rows(x)
     args, more = (x, pools_a, ids, ranks, scalings, table), (block, rank_packed, batch_invariant)
-    return on_device(x, _prepare(ShrinkOp, args, more), *args)
+    key = _key(x, pools_a, ranks, scalings, *more, ShrinkOp)
+    return on_device(x, _prepare(ShrinkOp, key, *args, *more), *args)
 
 
 def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
     """See `reference_batched.lora_expand`. h is cast here: cast in the kernel it would be a register operand of wgmma."""
     args, more = (y, h.to(y.dtype), pools_b, ids, ranks, table), (block, batch_invariant)
     if y.shape[0]:
-        on_device(y, _prepare(ExpandOp, args, more), *args)
+        key = _key(y, args[1], pools_b, ranks, *more, ExpandOp)
+        on_device(y, _prepare(ExpandOp, key, *args, *more), *args)
 
 
 # ------------------------------------------------------------------------------------------------------- what they refuse

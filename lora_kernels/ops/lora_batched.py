@@ -102,14 +102,14 @@ class _LoraBatched(torch.autograd.Function):
         return None, None, dx if need_dx else None, *[None] * S, *dbias, *[g if need else None for g, need in wanted]
 
 
-# On a CPU the checks and the dispatcher cost as much as a small decode step: serving calls of one slice whose signature has been checked and
+# The checks and the dispatcher cost as much as a small decode step: serving calls of one slice whose signature has been checked and
 # decided before go straight to their implementation, as in lora_linear. What depends on values (ids, ranks) is checked every time.
 _serving_runs: dict[tuple, Callable] = {}
 
 
 def _serving_key(x, weight, bias, a, b, *more) -> tuple | None:
     """The signature of a call without gradients that nothing can listen to, or None."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _direct(x, weight, a, b):
+    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling() or not _direct(x, weight, a, b):
         return None
     vectors = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in (bias, *more[:2])]
     if torch.is_grad_enabled() and (

@@ -1,4 +1,4 @@
-"""Host microseconds per call of `lora_linear`, beside F.linear in the same run: `pytest benchmarks/bench_host_overhead.py`.
+"""Host microseconds per call of `lora_linear` and `lora_batched_linear`, beside F.linear in the same run: `pytest benchmarks/bench_host_overhead.py`.
 
 With a GPU: asynchronous calls on it at a size whose kernels are shorter than the launch (the queue never fills). Without one: the same host
 code on a driver that launches nothing (tests/triton/fake_cuda.py), and F.linear on the CPU with one row of 8 numbers, which is little more
@@ -94,3 +94,55 @@ def test_one_launch(benchmark, operands, lean) -> None:
     args = ((x, weight, a, y), (bias, h, b, workspace(x.device, 0, 3)), (0.5,))
     launch._first(*args)
     run(benchmark, (lambda: launch(0, *args)) if lean else (lambda: launch._first(*args)))
+
+
+@pytest.fixture
+def batch(operands):
+    """A decode step of 8 adapters: x, weight, bias, the pools, and the metadata that all layers of the step share."""
+    from lora_kernels.kernels import batched_table
+    from lora_kernels.ops.batch_meta import BatchMeta
+
+    x, weight, bias, a, b = operands
+    meta = BatchMeta(torch.arange(M, dtype=torch.int32, device=x.device) % 8, 8)
+    if not ON_GPU:  # a CPU's metadata has no table
+        from lora_kernels import _batch_table
+
+        meta.table = batched_table.build(meta.ids, 8, meta.block, meta.ids.new_empty(_batch_table.layout(M, 8, meta.block).size))
+    return x, weight, bias, a.expand(8, R, K).contiguous(), b.expand(8, N, R).contiguous(), meta
+
+
+def test_lora_batched_linear(benchmark, batch) -> None:
+    with torch.no_grad():
+        run(benchmark, lambda: lk.lora_batched_linear(*batch, backend="triton", strict=True))
+
+
+def test_lora_batched_linear_through_the_dispatcher(benchmark, batch) -> None:
+    x, weight, bias, a, b, meta = batch
+    op = torch.ops.lora_kernels.lora_batched_fwd.default
+    constants = (None, None, None, None, meta.table, meta.block, False, False, "triton", True)
+    run(benchmark, lambda: op(x, [weight], [bias], [a], [b], meta.ids, *constants))
+
+
+def test_table_of_the_batch(benchmark, batch) -> None:
+    """Once per step, for all layers."""
+    from lora_kernels.kernels import batched_table
+
+    meta = batch[-1]
+    run(benchmark, lambda: batched_table.build(meta.ids, 8, meta.block, meta.table))
+
+
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "tritons_own"])
+def test_one_decode_launch(benchmark, batch, lean) -> None:
+    """The decode kernel alone: 8 pointers, 4 tuples of pointers, 2 tuples of numbers, 19 numbers."""
+    from lora_kernels.kernels import batched
+
+    x, weight, bias, a, b, meta = batch
+    args = (x, [weight], [bias], [a], [b], meta.ids, None, None, None, None, meta.table)
+    forward = batched.Forward(*args, meta.block, False, False)
+    decode = forward.runs[0][2]
+    y, h = x.new_empty(M, N), x.new_empty(1, M, R)
+    call = (0, x, y, h, [weight], batched._biases([bias]), [a], [b], None, None, meta.table)
+    decode(*call)
+    if not lean:
+        launch, decode.launch = decode.launch, lambda stream, described, pointers: launch._first(described, pointers, ())
+    run(benchmark, lambda: decode(*call))

@@ -26,15 +26,34 @@ PROGRAMS = 132  # of a device that is not there: H200 when recording
 _recorded: list | None = None
 
 
+class Pointers(tuple):
+    """Tensors that go to a kernel as one argument, a tuple of pointers."""
+
+    __slots__ = ()
+
+    def data_ptr(self) -> tuple[int, ...]:
+        return tuple([t.data_ptr() for t in self])
+
+
 class Launcher:
     """One kernel with its constexprs and options, for calls that differ only in addresses and float arguments.
 
-    The kernel's parameters stand in the order: descriptors, pointers, floats, ints, constexprs.
+    The kernel's parameters stand in the order: descriptors, pointers, floats, ints, constexprs. A pointer may be None or `Pointers`, an
+    int may be a tuple of ints.
     """
 
     __slots__ = ("blocks", "constants", "encode", "fn", "function", "grid", "head", "ints", "maps", "raw", "tail", "warps_stages")
 
-    def __init__(self, fn, grid: Sequence[int], blocks: Sequence[Sequence[int]], ints: Sequence[int], warps: int, stages: int, **constants: Any):
+    def __init__(
+        self,
+        fn,
+        grid: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+        ints: Sequence[int | tuple[int, ...]],
+        warps: int,
+        stages: int,
+        **constants: Any,
+    ):
         self.fn = fn
         self.grid = (*grid, 1, 1)[:3]
         self.blocks = [list(block) for block in blocks]
@@ -44,7 +63,7 @@ class Launcher:
         self.maps: list[dict[int, list]] = [{} for _ in blocks]
         self.raw = None
 
-    def __call__(self, stream: int, described: Sequence[Tensor], pointers: Sequence[Tensor | None], floats: Sequence[float] = ()) -> None:
+    def __call__(self, stream: int, described: Sequence[Tensor], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float] = ()) -> None:
         hook = knobs.runtime.launch_enter_hook
         if self.raw is None or getattr(hook, "calls", hook):  # a profiler's hook wants Triton's own launch
             self._first(described, pointers, floats)
@@ -56,7 +75,8 @@ class Launcher:
         args += [p if p is None else p.data_ptr() for p in pointers]
         self.raw(*self.grid, stream, self.function, *self.head, *args, *floats, *self.tail)
 
-    def _first(self, described: Sequence[Tensor], pointers: Sequence[Tensor | None], floats: Sequence[float]) -> None:
+    def _first(self, described: Sequence[Tensor], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float]) -> None:
+        pointers = [tuple(p) if isinstance(p, Pointers) else p for p in pointers]
         args = [*map(TensorDescriptor.from_tensor, described, self.blocks), *pointers, *floats, *self.ints]
         if _recorded is not None:
             _recorded.append((self, args))

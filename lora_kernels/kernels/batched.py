@@ -1,286 +1,264 @@
-"""Launchers of the many-adapter kernels: plans, scratch memory, and what they refuse."""
+"""The Triton implementations of the many-adapter ops: a few launches, prepared once per call signature; and what they refuse."""
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
-from .. import _batch_table, _device
-from ._launch import workspace
-from .batched_decode import decode_kernel, shrink_kernel
-from .batched_prefill import batched_linear_kernel, segment_reduce_kernel
+from .. import _batch_table, reference_batched
+from ._launch import Pointers, on_device
+from .batched_common import arch, unit_rows
+from .batched_decode import PARTS, Decode
+from .batched_decode import serves as decodes
+from .batched_dropout import KeepMask, MaskedShrink
+from .batched_prefill import Tiles, plan
+from .batched_reduce import SegmentReduce
+from .batched_shrink import Shrink
+from .batched_tma import TmaTiles, stacked
+from .batched_tma import serves as tma_serves
 
 MAX_SLICES = 3
-SPLIT_SHRINK = 8  # parts of K per unit of h in decode: 4096 / 8 = 4 steps of BK = 128
-
-
-class DecodePlan(NamedTuple):
-    """Tile shapes of `decode_kernel`. BM follows M, the rest N and K; nothing follows the adapter mix."""
-
-    BM: int
-    BN: int
-    BK: int
-    SPLIT_K: int
-    num_warps: int
-    num_stages: int
-
-
-class TilePlan(NamedTuple):
-    """Tile shapes of `batched_linear_kernel`."""
-
-    BM: int
-    BN: int
-    BK: int
-    num_warps: int
-    num_stages: int
-
-
-PREFILL = TilePlan(128, 128, 64, 8, 3)
-SMALL = TilePlan(64, 128, 64, 8, 3)  # sm_80, where 128 x 128 spills; and every M under batch_invariant, so that a row's sums have one order
-FLOAT32 = TilePlan(64, 64, 32, 4, 2)
-EXPAND = TilePlan(64, 128, 64, 8, 2)
-
-
-def decode_plan(M: int, total_n: int, K: int, itemsize: int, sms: int, cast: bool) -> DecodePlan:
-    """About two programs per SM, each with at least four steps of K. Short steps in float32, and where rows of 16 bytes do not line up
-    (addresses per element: longer ones spill); `cast`: pools of another dtype, which take registers.
-    """
-    BM = max(16, triton.next_power_of_2(M))
-    short = itemsize == 4 or K % 8 != 0
-    BK = 32 if short else 64 if BM >= 256 or cast else 128
-    split = max(1, min(8, triton.cdiv(2 * sms, triton.cdiv(total_n, 64)), triton.cdiv(K, 4 * BK)))
-    stages = 2 if short else 4 if BM <= 64 else 3
-    return DecodePlan(BM, 64, BK, 1 << (split.bit_length() - 1), 8 if BM >= 256 else 4, stages)
-
-
-def rank_chunk(R: int) -> int:
-    """Rank columns per product: the pool's rank, 16 to 64. True ranks are cut at the same places whatever the mix."""
-    return min(64, max(16, triton.next_power_of_2(R)))
-
-
-def scratch(device: torch.device, words: int) -> Tensor:
-    """Zeroed int32 counters of the current stream of `device`; every kernel leaves them zero. Under capture each call has its own."""
-    return workspace(device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0, words)
-
-
-def on_its_device(run):
-    """Triton launches on the current device: make it that of the first argument."""
-
-    @functools.wraps(run)
-    def guarded(first, *rest):
-        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
-            return run(first, *rest)
-        with torch.cuda.device(first.device):
-            return run(first, *rest)
-
-    return guarded
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
-def _stride0(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
-
-
-def _groups(weights: list[Tensor], pools_a: list[Tensor], pools_b: list[Tensor]) -> list[range]:
-    """Runs of at most three slices that share all strides but those between adapters of B: one launch each."""
-    alike = [(w.stride(), a.stride(), b.stride()[1:]) for w, a, b in zip(weights, pools_a, pools_b, strict=True)]
-    runs: list[range] = []
-    for i in range(len(alike)):
-        if runs and alike[i] == alike[i - 1] and len(runs[-1]) < MAX_SLICES:
-            runs[-1] = range(runs[-1].start, i + 1)
-        else:
-            runs.append(range(i, i + 1))
-    return runs
-
-
-def _launch_shrink(x, pools_a, h, ids, ranks, scalings, table, block, packed, parts):
-    """h[i, m, :r] for the pools of one group; h `[S, M, R]`, any dtype."""
-    (M, K), S, R = x.shape, len(pools_a), h.shape[2]
-    at = _batch_table.layout(M, pools_a[0].shape[0], block)
-    BR = rank_chunk(R)
-    RC, BK = triton.cdiv(R, BR), 128 if x.element_size() == 2 and K % 8 == 0 else 32
-    groups = at.max_blocks * S * RC
-    if groups == 0:
-        return
-    hpart = x.new_empty(groups * parts * block * BR if parts > 1 else 1, dtype=torch.float32)
-    sync = scratch(x.device, 3 + groups) if parts > 1 else table
-    a = pools_a[0]
-    shrink_kernel[(groups * parts,)](
-        x, h, hpart, table, table if ranks is None else ranks, hpart if scalings is None else scalings, sync, tuple(pools_a),
-        K, R, x.stride(0), *a.stride(), h.stride(0), h.stride(1), _stride0(ranks), _stride0(scalings),
-        at.order, at.blk_start, at.blk_len, at.blk_adapter, RC,
-        S=S, BK=BK, BR=BR, TB=block, KC=parts, HAS_RANKS=ranks is not None, HAS_SCALINGS=scalings is not None, PACKED=packed,
-        PREC=_precision(x), num_warps=4, num_stages=3,
-    )  # fmt: skip
-
-
-def _launch_tiles(x, y, h, weights, biases, pools_b, ranks, table, block, plan, base):
-    """y (a view of one group's columns) from x, or y += the update when not base."""
-    M, S, R, L = y.shape[0], len(pools_b), h.shape[2], pools_b[0].shape[0]
-    at = _batch_table.layout(M, L, block)
-    Ns = [b.shape[1] for b in pools_b]
-    b, w = pools_b[0], weights[0] if base else pools_b[0][0]
-    tiles = triton.cdiv(M, plan.BM) * sum(triton.cdiv(N, plan.BN) for N in Ns)
-    batched_linear_kernel[(tiles,)](
-        x, y, h, table, table if ranks is None else ranks, tuple(weights) if base else tuple(pools_b), _bias_tuple(biases, pools_b),
-        tuple(pools_b), tuple(Ns), tuple(p.stride(0) for p in pools_b),
-        M, x.shape[1], R, x.stride(0), y.stride(0), *w.stride(), *b.stride()[1:], h.stride(0), h.stride(1), _stride0(ranks),
-        at.order, at.seg_of, at.seg_start, at.seg_adapter,
-        S=S, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=rank_chunk(R), GROUP_M=8,
-        EVEN_K=x.shape[1] % plan.BK == 0, BASE=base, HAS_BIAS=biases is not None and biases[0] is not None,
-        HAS_RANKS=ranks is not None, PREC=_precision(x), num_warps=plan.num_warps, num_stages=plan.num_stages,
-    )  # fmt: skip
-
-
-def _bias_tuple(biases, fallback) -> tuple:
-    return tuple(b.contiguous() for b in biases) if biases is not None and biases[0] is not None else tuple(fallback)
-
-
-def _launch_decode(x, y, h, weights, biases, pools_a, pools_b, ranks, scalings, table, block, packed):
-    (M, K), S, R, L = x.shape, len(weights), h.shape[2], pools_a[0].shape[0]
-    at = _batch_table.layout(M, L, block)
-    Ns = [w.shape[0] for w in weights]
-    total_n, BR = sum(Ns), rank_chunk(R)
-    plan = decode_plan(M, total_n, K, x.element_size(), _sms(x.device), pools_a[0].dtype != x.dtype)
-    RC = triton.cdiv(R, BR)
-    groups, tiles = at.max_blocks * S * RC, sum(triton.cdiv(N, plan.BN) for N in Ns)
-    floats = [groups * SPLIT_SHRINK * block * BR, plan.SPLIT_K * total_n * plan.BM if plan.SPLIT_K > 1 else 0, total_n * plan.BM]
-    hpart, part, lora = x.new_empty(sum(floats), dtype=torch.float32).split(floats)
-    sync = scratch(x.device, 3 + groups + tiles)
-    a, b = pools_a[0], pools_b[0]
-    decode_kernel[(tiles, plan.SPLIT_K)](
-        x, y, h, hpart, part, lora, table, table if ranks is None else ranks, lora if scalings is None else scalings, sync,
-        tuple(weights), _bias_tuple(biases, pools_b), tuple(pools_a), tuple(pools_b), tuple(Ns), tuple(p.stride(0) for p in pools_b),
-        M, K, R, x.stride(0), y.stride(0), weights[0].stride(0), a.stride(0), a.stride(1), h.stride(0), h.stride(1), b.stride(1),
-        _stride0(ranks), _stride0(scalings), at.order, at.blk_start, at.blk_len, at.blk_adapter, RC, total_n, groups,
-        S=S, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=BR, TB=block, KC=SPLIT_SHRINK, SPLIT_K=plan.SPLIT_K,
-        HAS_BIAS=biases[0] is not None, HAS_RANKS=ranks is not None, HAS_SCALINGS=scalings is not None, PACKED=packed,
-        PREC=_precision(x), num_warps=plan.num_warps, num_stages=plan.num_stages,
-    )  # fmt: skip
-
-
-def _sms(device: torch.device) -> int:
-    return _device.sm_count(device.index or 0) if device.type == "cuda" else 8
-
-
-def _major(device: torch.device) -> int:
-    return _device.cuda_capability(device.index or 0)[0] if device.type == "cuda" else 9
+_MAX_SIGNATURES = 4096
+_prepared: dict[tuple, Callable] = {}
 
 
 def _rows(t: Tensor) -> Tensor:
     """`t` with unit stride along its rows."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if unit_rows(t) else t.contiguous()
 
 
-def _tile_plan(x: Tensor, batch_invariant: bool) -> TilePlan:
-    if x.dtype == torch.float32:
-        return FLOAT32
-    return SMALL if batch_invariant or _major(x.device) < 9 else PREFILL
-
-
-def _decodes(M: int, block: int, batch_invariant: bool, weights, pools_a, pools_b) -> bool:
-    """The one-launch kernel wants few rows, small blocks, and unit strides along K of W and A and along R of B."""
-    unit = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (*weights, *pools_a, *pools_b))
-    return M <= _batch_table.DECODE_ROWS and block == _batch_table.SMALL_BLOCK and not batch_invariant and unit
-
-
-# ------------------------------------------------------------------------------------------------------------- the ops
-
-
-def _cut(t: Tensor | None, run: range) -> Tensor | None:
-    return None if t is None else t[run.start : run.stop]
-
-
-@on_its_device
-def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
-    """As `reference_batched.lora_batched_fwd`, without dropout."""
-    x, M = _rows(x), x.shape[0]
-    widths = [w.shape[0] for w in weights]
-    y, h = x.new_empty((M, sum(widths))), x.new_empty((len(weights), M, pools_b[0].shape[2]))
-    mask = x.new_empty(0, dtype=torch.int32)
-    if M == 0:
-        return y, h, mask
-    packed_runs = [range(len(weights))] if rank_packed else _groups(weights, pools_a, pools_b)
-    for run in packed_runs:
-        s = slice(run.start, run.stop)
-        yg, hg, args = y[:, sum(widths[: run.start]) : sum(widths[: run.stop])], h[s], (_cut(ranks, run), _cut(scalings, run))
-        if _decodes(M, block, batch_invariant, weights[s], pools_a[s], pools_b[s]):
-            _launch_decode(x, yg, hg, weights[s], biases[s], pools_a[s], pools_b[s], *args, table, block, rank_packed)
+def _groups(weights: list[Tensor], pools_a: list[Tensor], pools_b: list[Tensor]) -> list[slice]:
+    """Runs of at most three slices that share all strides but those between adapters of B: one launch each."""
+    alike = [(w.stride(), a.stride(), b.stride()[1:]) for w, a, b in zip(weights, pools_a, pools_b, strict=True)]
+    runs: list[slice] = []
+    for i in range(len(alike)):
+        if runs and alike[i] == alike[i - 1] and i - runs[-1].start < MAX_SLICES:
+            runs[-1] = slice(runs[-1].start, i + 1)
         else:
-            _launch_shrink(x, pools_a[s], hg, ids, *args, table, block, rank_packed, 1)
-            _launch_tiles(x, yg, hg, weights[s], biases[s], pools_b[s], args[0], table, block, _tile_plan(x, batch_invariant), True)
-    return y, h, mask
+            runs.append(slice(i, i + 1))
+    return runs
 
 
-@on_its_device
-def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_invariant):
-    """As `reference_batched.lora_shrink`. Up to 256 rows the work is split along K, summed in a fixed order."""
-    x, S = _rows(x), len(pools_a)
-    h = x.new_zeros((S, x.shape[0], pools_a[0].shape[1] // (S if rank_packed else 1)), dtype=torch.float32)
-    parts = SPLIT_SHRINK if block == _batch_table.SMALL_BLOCK and not batch_invariant else 1
-    runs = [range(S)] if rank_packed else _groups(pools_a, pools_a, pools_a)
-    for run in runs:
-        s = slice(run.start, run.stop)
-        _launch_shrink(x, pools_a[s], h[s], ids, _cut(ranks, run), _cut(scalings, run), table, block, rank_packed, parts)
-    return h
+def _cut(t: Tensor | None, run: slice) -> Tensor | None:
+    return None if t is None else t[run]
 
 
-@on_its_device
-def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
-    """As `reference_batched.lora_expand`. h is cast here: cast in the kernel it would be a register operand of wgmma."""
-    if y.shape[0] == 0:
-        return
-    h = h.to(y.dtype)
-    widths = [b.shape[1] for b in pools_b]
-    for run in _groups(pools_b, pools_b, pools_b):
-        s = slice(run.start, run.stop)
-        yg = y[:, sum(widths[: run.start]) : sum(widths[: run.stop])]
-        plan = FLOAT32 if y.dtype == torch.float32 else EXPAND
-        _launch_tiles(yg, yg, h[s], [], None, pools_b[s], _cut(ranks, run), table, block, plan, False)
+def _biases(biases: list[Tensor | None]) -> Pointers | None:
+    return None if biases[0] is None else Pointers([b.contiguous() for b in biases])
 
 
-@on_its_device
-def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
-    """As `reference_batched.lora_batched_bwd`, without dropout. dx is the forward kernel with (W, A, B) -> (W^T, B^T, A^T)."""
-    dy, x = _rows(dy), _rows(x)
-    M, R, L = x.shape[0], h.shape[2], pools_a[0].shape[0]
-    at = _batch_table.layout(M, L, block)
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    das = [p.new_zeros(p.shape) for p in pools_a] if need_da else []
-    dbs = [p.new_zeros(p.shape) for p in pools_b] if need_db else []
-    if M == 0:
+def _tiles(x, y, h, weights, biases, pools_b, ranks, block, batch_invariant=False, masked=False) -> TmaTiles | Tiles:
+    """The form of base + update that serves the call."""
+    if tma_serves(x, y, weights, pools_b, arch(x.device), batch_invariant, masked):
+        return TmaTiles(x, y, h, weights, biases, pools_b, ranks, masked)
+    return Tiles(plan(x.dtype, x.shape[1], arch(x.device), True, batch_invariant), x, y, h, weights, biases, pools_b, ranks, block, masked)
+
+
+class Forward:
+    """lora_batched_fwd for one call signature."""
+
+    def __init__(self, x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
+        (M, K), S, L = x.shape, len(weights), pools_a[0].shape[0]
+        widths = [w.shape[0] for w in weights]
+        self.y_shape, self.h_shape = (M, sum(widths)), (S, M, pools_b[0].shape[2])
+        self.mask_shape = None if dropout_p is None else (M, -(-K // 32))
+        with torch.inference_mode(False):  # kept: made by a first call in inference mode, autograd would not save it later
+            self.no_mask = x.new_empty(0, dtype=torch.int32)
+        self.keep = None if dropout_p is None else KeepMask(M, K, L)
+        y, h = x.new_empty(self.y_shape), x.new_empty(self.h_shape)
+        runs = [slice(0, S)] if rank_packed else _groups(weights, pools_a, pools_b)
+        self.one = len(runs) == 1
+        self.runs = []
+        for run in runs:
+            columns = slice(sum(widths[: run.start]), sum(widths[: run.stop]))
+            w, a, b, yg, hg, bias = weights[run], pools_a[run], pools_b[run], y[:, columns], h[run], _biases(biases[run])
+            r, s = _cut(ranks, run), _cut(scalings, run)
+            decode = shrink = tiles = None
+            if self.keep is None and decodes(M, block, batch_invariant, w, a, b):
+                decode = Decode(x, yg, hg, w, bias, a, b, r, s, block, rank_packed)
+            else:
+                shrink = MaskedShrink(x, a, hg, r, s, block, rank_packed) if self.keep else Shrink(x, a, hg, r, s, block, rank_packed, 1)
+                tiles = _tiles(x, yg, hg, w, bias, b, r, block, batch_invariant)
+            self.runs.append((run, columns, decode, shrink, tiles))
+
+    def __call__(self, stream, x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table):
+        y, h, mask, dropped = x.new_empty(*self.y_shape), x.new_empty(*self.h_shape), self.no_mask, ()
+        if self.keep is not None:
+            mask = x.new_empty(*self.mask_shape, dtype=torch.int32)
+            self.keep(stream, mask, seed, ids, dropout_p)
+            dropped = (mask, dropout_p)
+        yg, hg, w, a, b, bs, r, s = y, h, weights, pools_a, pools_b, biases, ranks, scalings
+        for run, columns, decode, shrink, tiles in self.runs:
+            if not self.one:  # views cost microseconds
+                yg, hg, w, a, b, bs = y[:, columns], h[run], weights[run], pools_a[run], pools_b[run], biases[run]
+                r, s = _cut(ranks, run), _cut(scalings, run)
+            if decode is not None:
+                decode(stream, x, yg, hg, w, _biases(bs), a, b, r, s, table)
+            else:
+                shrink(stream, x, a, hg, r, s, table, *dropped)
+                tiles(stream, x, yg, hg, w, _biases(bs), b, r, ids, table)
+        return y, h, mask
+
+
+class Backward:
+    """lora_batched_bwd for one call signature. dx is the forward kernel with (W, A, B) -> (W^T, B^T, A^T)."""
+
+    def __init__(self, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
+        self.widths, self.needs, R, masked = [w.shape[0] for w in weights], (need_dx, need_da, need_db), h.shape[2], dropout_p is not None
+        self.no_dx = x.new_empty(0)
+        self.slices = []
+        for i, dyi in enumerate(dy.split(self.widths, 1)):
+            run = slice(i, i + 1)
+            r, s, b_t, a_t = _cut(ranks, run), _cut(scalings, run), pools_b[i].transpose(1, 2), pools_a[i].transpose(1, 2)
+            shrink = Shrink(dyi, [b_t], h[run], r, s, block, False, 1) if need_dx or need_da else None
+            tiles = _tiles(dyi, x, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked) if need_dx else None
+            da = SegmentReduce(x, R, pools_a[i], r, block, False, masked) if need_da else None
+            db = SegmentReduce(dyi, R, pools_b[i], r, block, True) if need_db else None
+            self.slices.append((run, shrink, tiles, da, db))
+
+    def __call__(self, stream, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table):
+        need_dx, need_da, need_db = self.needs
+        dropped = (mask, dropout_p) if dropout_p is not None else ()
+        dx = torch.empty_like(x) if need_dx else self.no_dx
+        das = [p.new_zeros(p.shape) for p in pools_a] if need_da else []
+        dbs = [p.new_zeros(p.shape) for p in pools_b] if need_db else []
+        g = torch.empty_like(h)
+        for i, (dyi, (run, shrink, tiles, da, db)) in enumerate(zip(dy.split(self.widths, 1), self.slices, strict=True)):
+            r, s = _cut(ranks, run), _cut(scalings, run)
+            if shrink is not None:
+                shrink(stream, dyi, [pools_b[i].transpose(1, 2)], g[run], r, s, table)
+            if tiles is not None:
+                part = torch.empty_like(dx) if i else dx
+                tiles(stream, dyi, part, g[run], [weights[i].t()], None, [pools_a[i].transpose(1, 2)], r, ids, table, *dropped)
+                if i:
+                    dx += part
+            if da is not None:
+                da(stream, g[i], x, das[i], r, table, *dropped)
+            if db is not None:
+                db(stream, h[i], dyi, dbs[i], r, table)
         return dx, das, dbs
-    g = torch.empty_like(h)
-    widths = [w.shape[0] for w in weights]
-    plan = _tile_plan(x, False)
-    for i, dyi in enumerate(dy.split(widths, 1)):
-        run = range(i, i + 1)
-        rank, scale = _cut(ranks, run), _cut(scalings, run)
-        if need_dx or need_da:
-            _launch_shrink(dyi, [pools_b[i].transpose(1, 2)], g[i : i + 1], ids, rank, scale, table, block, False, 1)
-        if need_dx:
-            part = torch.empty_like(dx) if i else dx
-            _launch_tiles(dyi, part, g[i : i + 1], [weights[i].t()], None, [pools_a[i].transpose(1, 2)], rank, table, block, plan, True)
-            if i:
-                dx += part
-        for out, u, v, strides in (
-            *([(das[i], g[i], x, das[i].stride())] if need_da else []),
-            *([(dbs[i], h[i], dyi, (dbs[i].stride(0), dbs[i].stride(2), dbs[i].stride(1)))] if need_db else []),
-        ):
-            C, BR = v.shape[1], rank_chunk(R)
-            segment_reduce_kernel[(triton.cdiv(C, 128), triton.cdiv(R, BR), at.max_segments)](
-                u, v, out, table, table if ranks is None else rank, 0, C, R, u.stride(0), v.stride(0), *strides, 0,
-                at.order, at.seg_start, at.seg_adapter,
-                BM=32, BC=128, BR=BR, HAS_RANKS=ranks is not None, PREC=_precision(x), num_warps=4, num_stages=2,
-            )  # fmt: skip
-    return dx, das, dbs
+
+
+class ShrinkOp:
+    """lora_shrink for one call signature. Up to 256 rows the work is split along K, summed in a fixed order."""
+
+    def __init__(self, x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_invariant):
+        S = len(pools_a)
+        self.h_shape = (S, x.shape[0], pools_a[0].shape[1] // (S if rank_packed else 1))
+        parts = PARTS if block == _batch_table.SMALL_BLOCK and not batch_invariant else 1
+        h = x.new_empty(self.h_shape, dtype=torch.float32)
+        runs = [slice(0, S)] if rank_packed else _groups(pools_a, pools_a, pools_a)
+        self.runs = [(r, Shrink(x, pools_a[r], h[r], _cut(ranks, r), _cut(scalings, r), block, rank_packed, parts)) for r in runs]
+
+    def __call__(self, stream, x, pools_a, ids, ranks, scalings, table):
+        h = x.new_zeros(self.h_shape, dtype=torch.float32)
+        for run, shrink in self.runs:
+            shrink(stream, x, pools_a[run], h[run], _cut(ranks, run), _cut(scalings, run), table)
+        return h
+
+
+class ExpandOp:
+    """lora_expand for one call signature."""
+
+    def __init__(self, y, h, pools_b, ids, ranks, table, block, batch_invariant):
+        widths, self.runs, form = [b.shape[1] for b in pools_b], [], plan(y.dtype, 0, arch(y.device), False, batch_invariant)
+        for run in _groups(pools_b, pools_b, pools_b):
+            columns = slice(sum(widths[: run.start]), sum(widths[: run.stop]))
+            yg = y[:, columns]
+            self.runs.append((run, columns, Tiles(form, yg, yg, h[run], [], None, pools_b[run], _cut(ranks, run), block)))
+
+    def __call__(self, stream, y, h, pools_b, ids, ranks, table):
+        for run, columns, tiles in self.runs:
+            yg = y[:, columns]
+            tiles(stream, yg, yg, h[run], [], None, pools_b[run], _cut(ranks, run), ids, table)
+
+
+# ------------------------------------------------------------------------------------------------------- call signatures
+
+
+def _offsets(args: tuple) -> list[int]:
+    """Bytes by which each tensor among the arguments and lists of arguments misses a multiple of 16."""
+    flat = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,))]
+    return [t.data_ptr() % 16 for t in flat if isinstance(t, Tensor)]
+
+
+def _key(*facts: object) -> tuple:
+    """All that a prepared call depends on: shapes, strides, dtypes, device, alignment, constants. The first is a tensor."""
+    key, together = [facts[0].device], 0
+    for fact in facts:
+        for t in fact if isinstance(fact, list) else (fact,):
+            if isinstance(t, Tensor):
+                key += (t.shape, t.stride(), t.dtype)
+                together |= t.data_ptr()
+            else:
+                key.append(t)
+    return (*key, *_offsets(facts)) if together & 15 else tuple(key)
+
+
+def _prepare(op: type, key: tuple, *args: object) -> Callable:
+    """The call for these arguments and all others of this key."""
+    found = _prepared.get(key)
+    if found is None:
+        if len(_prepared) >= _MAX_SIGNATURES:
+            _prepared.clear()
+        found = _prepared[key] = op(*args)
+    return found
+
+
+def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
+    """See `reference_batched.lora_batched_fwd`."""
+    x = _rows(x)
+    args, more = (x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table), (block, rank_packed, batch_invariant)
+    if x.shape[0] == 0:
+        return reference_batched.lora_batched_fwd(*args, *more)
+    facts = (dropout_p is None, len(weights) > 1 and stacked(weights))
+    key = _key(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, *more, *facts, Forward)
+    return on_device(x, _prepare(Forward, key, *args, *more), *args)
+
+
+def _prepare_fwd(x, weights, biases, *rest):
+    """`lora_batched_fwd` for one slice and every call of this signature, without looking it up again; None where addresses matter too."""
+    if x.shape[0] == 0 or not unit_rows(x) or len(weights) != 1 or any(_offsets((x, weights, biases, *rest[:2]))):
+        return None
+    forward, fixed = Forward(x, weights, biases, *rest), rest[-3:]
+
+    def run(x, weights, biases, *rest):
+        if rest[-3:] != fixed or (biases[0] is not None and biases[0].data_ptr() % 16):
+            return lora_batched_fwd(x, weights, biases, *rest)
+        return on_device(x, forward, x, weights, biases, *rest[:-3])
+
+    return run
+
+
+lora_batched_fwd.prepare = _prepare_fwd
+
+
+def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
+    """See `reference_batched.lora_batched_bwd`."""
+    dy, x, h = _rows(dy), _rows(x), h.contiguous()
+    args, more = (dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table), (block, need_dx, need_da, need_db)
+    if x.shape[0] == 0:
+        return reference_batched.lora_batched_bwd(*args, *more)
+    key = _key(dy, x, weights, pools_a, pools_b, ids, ranks, scalings, *more, dropout_p is None, Backward)
+    return on_device(x, _prepare(Backward, key, *args, *more), *args)
+
+
+def lora_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_invariant):
+    """See `reference_batched.lora_shrink`."""
+    x = _rows(x)
+    args, more = (x, pools_a, ids, ranks, scalings, table), (block, rank_packed, batch_invariant)
+    key = _key(x, pools_a, ranks, scalings, *more, ShrinkOp)
+    return on_device(x, _prepare(ShrinkOp, key, *args, *more), *args)
+
+
+def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
+    """See `reference_batched.lora_expand`. h is cast here: cast in the kernel it would be a register operand of wgmma."""
+    args, more = (y, h.to(y.dtype), pools_b, ids, ranks, table), (block, batch_invariant)
+    if y.shape[0]:
+        key = _key(y, args[1], pools_b, ranks, *more, ExpandOp)
+        on_device(y, _prepare(ExpandOp, key, *args, *more), *args)
 
 
 # ------------------------------------------------------------------------------------------------------- what they refuse
@@ -291,8 +269,6 @@ def _refuses_dtype(x: Tensor) -> str | None:
 
 
 def _refuses_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
-    if dropout_p is not None:
-        return "dropout on many adapters is not implemented in Triton"
     if len({b is None for b in biases}) > 1:
         return "either all slices have a bias or none"
     if rank_packed and len(_groups(weights, pools_a, pools_b)) > 1:
@@ -300,8 +276,8 @@ def _refuses_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dro
     return _refuses_dtype(x)
 
 
-def _refuses_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, *_):
-    return "dropout on many adapters is not implemented in Triton" if dropout_p is not None else _refuses_dtype(x)
+def _refuses_bwd(dy, x, *_):
+    return _refuses_dtype(x)
 
 
 def _refuses_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_invariant):
@@ -311,7 +287,7 @@ def _refuses_shrink(x, pools_a, ids, ranks, scalings, table, block, rank_packed,
 
 
 def _refuses_expand(y, *_):
-    return _refuses_dtype(y) if y.stride(-1) == 1 or y.shape[-1] == 1 else "y needs unit stride along its rows"
+    return _refuses_dtype(y) if unit_rows(y) else "y needs unit stride along its rows"
 
 
 OPS = {

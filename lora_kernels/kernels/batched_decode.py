@@ -1,6 +1,6 @@
-"""Many adapters, few rows: h units dealt by a ticket, and the one-launch layer built on them.
+"""Many adapters, few rows: the whole layer in one launch, h units dealt by a ticket.
 
-Synchronisation, argued once for both kernels. `sync` is int32 and all zero before and after every launch:
+Synchronisation, argued here for `shrink_kernel` too. `sync` is int32 and all zero before and after every launch:
 
     [0] ticket    [1] groups of h published    [2] programs that have left
     [3 ...] one arrival counter per group, then one per column tile
@@ -20,7 +20,7 @@ Nothing is summed by arrival: the last arriver reads the parts back and adds the
 Self-reset: an arrival counter is put back by its last arriver, whom nobody follows in this launch. Ticket, groups and exits are put back
 by the program that leaves last: every other program has added to exits after its last use of them. A relaxed store is enough there, for the
 next reader is another launch on the same stream. Replays of a CUDA graph therefore start clean.
-`sync` belongs to one stream (see `scratch` in kernels/batched.py); two launches that overlap must not share it.
+`sync` belongs to one stream (`_launch.workspace`); two launches that overlap must not share it.
 
 A row's bits do not depend on its neighbours: the parts of h are cut by (K, KC), not by the number of units; the low-rank term of a row is
 never added to a base part, for which part would depend on the row's block number: it goes to a slab of its own, `lora`, and is added last.
@@ -28,103 +28,35 @@ never added to a base part, for which part would depend on the row's block numbe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .batched_prefill import jit, pick, rank_of, slice_of
+from .. import _batch_table
+from ._launch import Launcher, Pointers, programs, workspace
+from .batched_common import jit, pick, precision, rank_chunk, rank_of, slice_of, stride0, unit_rows
+from .batched_shrink import COUNTERS, h_unit
 
-TICKET, GROUPS, EXITS, COUNTERS = (tl.constexpr(v) for v in range(4))
-
-
-@triton.jit
-def h_unit(
-    u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
-    o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC,
-    S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
-    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """Unit u: the part of h[i, rows of a block, BR columns] from one part of K; the last of the group's KC units sums and stores h."""
-    group = u // KC
-    part = u % KC
-    block = group % blocks
-    i = group // blocks // RC
-    r0 = group // blocks % RC * BR
-    start = tl.load(table_ptr + o_blk_start + block)
-    length = tl.load(table_ptr + o_blk_len + block)
-    adapter = tl.load(table_ptr + o_blk_adapter + block)
-    rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
-    if r0 < rank:
-        rt = tl.arange(0, TB)
-        rr = r0 + tl.arange(0, BR)
-        live = rt < length
-        rows = tl.load(table_ptr + o_order + start + rt, mask=live, other=0).to(tl.int64)
-        a_ptr = pick(as_, i, S) + adapter.to(tl.int64) * sal
-        if PACKED:
-            a_ptr += i * rank * sar
-        per_part = tl.cdiv(tl.cdiv(K, KC), BK) * BK
-        acc = tl.zeros((TB, BR), tl.float32)
-        for k in range(part * per_part, min((part + 1) * per_part, K), BK):
-            rk = k + tl.arange(0, BK)
-            x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=live[:, None] & (rk[None, :] < K), other=0.0)
-            a = tl.load(a_ptr + rr[:, None] * sar + rk[None, :] * sak, mask=(rr[:, None] < rank) & (rk[None, :] < K), other=0.0)
-            acc = tl.dot(x, a.to(x_ptr.dtype.element_ty).T, acc, input_precision=PREC)
-        scale = 1.0
-        if HAS_SCALINGS:
-            scale = tl.load(scalings_ptr + i * ssc + adapter)
-        hp = h_ptr + i * shs + rows[:, None] * shm + rr[None, :]
-        keep = live[:, None] & (rr[None, :] < rank)
-        if KC == 1:
-            tl.store(hp, (acc * scale).to(h_ptr.dtype.element_ty), mask=keep)
-        else:
-            parts = hpart_ptr + group.to(tl.int64) * (KC * TB * BR) + rt[:, None] * BR + tl.arange(0, BR)[None, :]
-            tl.store(parts + part * (TB * BR), acc)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(sync_ptr + COUNTERS + group, 1, sem="acq_rel", scope="gpu")
-            if arrived == KC - 1:
-                total = tl.zeros((TB, BR), tl.float32)
-                for c in range(KC):
-                    total += tl.load(parts + c * (TB * BR), cache_modifier=".cg")
-                tl.store(hp, (total * scale).to(h_ptr.dtype.element_ty), mask=keep)
-                tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
-
-
-@jit
-def shrink_kernel(
-    x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
-    o_order, o_blk_start, o_blk_len, o_blk_adapter, RC,
-    S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
-    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """h[i, m, :r] = scale[i, l] x[m] A_i[l, :r]^T, l the adapter of row m.
-
-    Shapes: x `[M, K]`; A_i `[L, R, K]` (PACKED: `[L, S R, K]`) x's dtype or float32; h `[S, M, R]` any dtype, written where l and r exist.
-    Grid: (max_blocks * S * RC * KC); programs past the blocks of this batch leave at once.
-    Memory: x once per slice and rank chunk, A_l once per token block; with KC > 1 the parts, float32, written and read once.
-    Numerics: float32 over ascending k, KC parts added in order, scale applied to the float32 sum. No atomics on data.
-    Source: BGMV/SGMV shrink, arXiv:2310.18547.
-    """
-    blocks = tl.load(table_ptr)
-    u = tl.program_id(0)
-    if u < blocks * S * RC * KC:
-        h_unit(
-            u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
-            o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
-        )  # fmt: skip
+TICKET, GROUPS, EXITS = (tl.constexpr(v) for v in range(3))
+PARTS = 8  # of K per unit of h: 4096 / 8 = 4 steps of BK = 128
 
 
 @jit
 def decode_kernel(
-    x_ptr, y_ptr, h_ptr, hpart_ptr, part_ptr, lora_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, ws, biases, as_, bs, Ns, sbls,
-    M, K, R, sxm, sym, swn, sal, sar, shs, shm, sbn, srk, ssc,
-    o_order, o_blk_start, o_blk_len, o_blk_adapter, RC, total_n, max_groups,
+    x_ptr, y_ptr, h_ptr, scratch_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, ws, biases, as_, bs,
+    Ns, sbls, M, K, R, sxm, sym, swn, sal, sar, shs, shm, sbn, srk, ssc,
+    o_order, o_blk_start, o_blk_len, o_blk_adapter, RC, total_n, max_groups, o_part, o_lora,
     S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
     SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x[m] W_i[n]^T + b_i[n] + h[i, m, :r] B_i[l, n, :r]^T for M <= BM rows, shrink and expand in the same launch.
 
-    Shapes: as `batched_linear_kernel` and `shrink_kernel`; part `[SPLIT_K, total_n, BM]`, lora `[total_n, BM]`,
-        hpart `[groups, KC, TB, BR]`, float32.
+    Shapes: as `batched_linear_kernel` and `shrink_kernel`; scratch float32: hpart `[groups, KC, TB, BR]`, then part
+        `[SPLIT_K, total_n, BM]` and lora `[total_n, BM]` at their offsets.
     Grid: (column tiles of all slices, SPLIT_K). W's rows stand on the wide side of the MMA, the rows of x on the narrow one.
     Memory: W once, A_l once per token block, B_l once per token block, y once; x and h from L2; parts of y through L2 when SPLIT_K > 1.
     Numerics: float32; parts of K added in ascending order, then the low-rank term, then the bias. Same bits every run.
@@ -132,6 +64,9 @@ def decode_kernel(
     """
     blocks = tl.load(table_ptr)
     groups = blocks * S * RC
+    hpart_ptr = scratch_ptr
+    part_ptr = scratch_ptr + o_part
+    lora_ptr = scratch_ptr + o_lora
     # 1. h: draw units until none is left.
     u = tl.atomic_add(sync_ptr + TICKET, 1, sem="relaxed")
     while u < groups * KC:
@@ -219,3 +154,59 @@ def decode_kernel(
         tl.atomic_xchg(sync_ptr + TICKET, 0, sem="relaxed")
         tl.atomic_xchg(sync_ptr + GROUPS, 0, sem="relaxed")
         tl.atomic_xchg(sync_ptr + EXITS, 0, sem="relaxed")
+
+
+class Plan(NamedTuple):
+    """Tile shapes of `decode_kernel`. BM follows M, the rest N and K; nothing follows the adapter mix."""
+
+    BM: int
+    BN: int
+    BK: int
+    SPLIT_K: int
+    warps: int
+    stages: int
+
+
+def plan(M: int, total_n: int, K: int, itemsize: int, sms: int, cast: bool) -> Plan:
+    """About two programs per SM, each with at least four steps of K. Short steps in float32, and where rows of 16 bytes do not line up
+    (addresses per element: longer ones spill); `cast`: pools of another dtype, which take registers.
+    """
+    BM = max(16, triton.next_power_of_2(M))
+    short = itemsize == 4 or K % 8 != 0
+    BK = 32 if short else 64 if BM >= 256 or cast else 128
+    split = max(1, min(8, triton.cdiv(2 * sms, triton.cdiv(total_n, 64)), triton.cdiv(K, 4 * BK)))
+    stages = 2 if short else 4 if BM <= 64 else 3
+    return Plan(BM, 64, BK, 1 << (split.bit_length() - 1), 8 if BM >= 256 else 4, stages)
+
+
+def serves(M: int, block: int, batch_invariant: bool, weights, pools_a, pools_b) -> bool:
+    """Few rows, small token blocks, and unit strides along K of W and A and along R of B."""
+    few = M <= _batch_table.DECODE_ROWS and block == _batch_table.SMALL_BLOCK and not batch_invariant
+    return few and unit_rows(*weights, *pools_a, *pools_b)
+
+
+class Decode:
+    """Launches y and h for one call signature. The slices have equal strides, or y is written for one alone."""
+
+    def __init__(self, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_a, pools_b, ranks, scalings, block: int, packed: bool):
+        (M, K), S, R, a, b = x.shape, len(weights), h.shape[2], pools_a[0], pools_b[0]
+        at, BR = _batch_table.layout(M, a.shape[0], block), rank_chunk(R)
+        Ns = tuple(w.shape[0] for w in weights)
+        total_n, RC = sum(Ns), triton.cdiv(R, BR)
+        p = plan(M, total_n, K, x.element_size(), programs(x.device), a.dtype != x.dtype)
+        groups, tiles = at.max_blocks * S * RC, sum(triton.cdiv(N, p.BN) for N in Ns)
+        o_part = groups * PARTS * block * BR
+        o_lora = o_part + (p.SPLIT_K * total_n * p.BM if p.SPLIT_K > 1 else 0)
+        self.floats = o_lora + total_n * p.BM
+        self.flags = 3 + groups + tiles
+        ints = (Ns, tuple(t.stride(0) for t in pools_b), M, K, R, x.stride(0), y.stride(0), weights[0].stride(0), a.stride(0), a.stride(1))
+        ints += (h.stride(0), h.stride(1), b.stride(1), stride0(ranks), stride0(scalings))
+        ints += (at.order, at.blk_start, at.blk_len, at.blk_adapter, RC, total_n, groups, o_part, o_lora)
+        constants = {"S": S, "BM": p.BM, "BN": p.BN, "BK": p.BK, "BR": BR, "TB": block, "KC": PARTS, "SPLIT_K": p.SPLIT_K, "PACKED": packed}
+        constants |= {"HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "HAS_SCALINGS": scalings is not None}
+        self.launch = Launcher(decode_kernel, (tiles, p.SPLIT_K), (), ints, p.warps, p.stages, **constants, PREC=precision(x.dtype))
+
+    def __call__(self, stream: int, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_a, pools_b, ranks, scalings, table: Tensor) -> None:
+        scratch, sync = x.new_empty(self.floats, dtype=torch.float32), workspace(x.device, stream, self.flags)
+        slices = (Pointers(weights), biases, Pointers(pools_a), Pointers(pools_b))
+        self.launch(stream, (), (x, y, h, scratch, table, ranks, scalings, sync, *slices))

@@ -1,93 +1,38 @@
-"""Many adapters, tiles that loop over the segments crossing them: base + update, update alone, and the reductions for dA and dB.
+"""Many adapters, many rows: tiles of gathered rows that loop over the segments crossing them; base + update, or the update alone.
 
-All kernels walk the rows in the sorted order of the batch table (`_batch_table`), so that a tile meets as few adapters as can be, and
-read and write rows where they lie. Every length that depends on the mix is read from device memory: the grid does not depend on it.
+The kernel walks the rows in the sorted order of the batch table (`_batch_table`), so that a tile meets as few adapters as can be, and
+reads and writes rows where they lie. What depends on the mix is read from device memory: the grid does not depend on it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# What follows from M and the table's layout: specialised, every new batch size could mean a new compile in the middle of serving.
-UNSPECIALISED = [
-    "M",
-    "P",
-    "B",
-    "srk",
-    "ssc",
-    "max_groups",
-    "o_order",
-    "o_seg_of",
-    "o_seg_start",
-    "o_seg_adapter",
-    "o_blk_start",
-    "o_blk_len",
-    "o_blk_adapter",
-]
-
-
-def jit(fn):
-    """`triton.jit` with the arguments of UNSPECIALISED that `fn` has left as they come."""
-    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
-    return triton.jit(fn, do_not_specialize=[name for name in UNSPECIALISED if name in names])
-
-
-@triton.jit
-def pick(items, i, S: tl.constexpr):
-    """items[i] for a run-time i, items being a tuple of S <= 3 pointers or numbers."""
-    chosen = items[0]
-    if S > 1:  # noqa: SIM102  S is known when compiling, i is not
-        if i == 1:
-            chosen = items[1]
-    if S > 2:  # noqa: SIM102
-        if i == 2:
-            chosen = items[2]
-    return chosen
-
-
-@triton.jit
-def slice_of(pn, Ns, S: tl.constexpr, BN: tl.constexpr):
-    """(slice, tile within it, first column of y) of column tile pn, the slices being tiled one after another."""
-    i = 0
-    first = 0
-    tile = pn
-    if S > 1:
-        tiles = tl.cdiv(Ns[0], BN)
-        if pn >= tiles:
-            i = 1
-            first = Ns[0]
-            tile = pn - tiles
-    if S > 2:
-        tiles = tl.cdiv(Ns[0], BN) + tl.cdiv(Ns[1], BN)
-        if pn >= tiles:
-            i = 2
-            first = Ns[0] + Ns[1]
-            tile = pn - tiles
-    return i, tile, first
-
-
-@triton.jit
-def rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS: tl.constexpr):
-    """True rank, held within the pool's."""
-    r = R
-    if HAS_RANKS:
-        r = tl.minimum(tl.maximum(tl.load(ranks_ptr + i * srk + adapter), 0), R)
-    return r
+from .. import _batch_table
+from ._jit import load_keep
+from ._launch import Launcher, Pointers
+from .batched_common import drop_of, jit, pick, precision, rank_chunk, rank_of, slice_of, stride0
 
 
 @jit
 def batched_linear_kernel(
-    x_ptr, y_ptr, h_ptr, table_ptr, ranks_ptr, ws, biases, bs, Ns, sbls,
-    M, K, R, sxm, sym, swn, swk, sbn, sbr, shs, shm, srk,
+    x_ptr, y_ptr, h_ptr, table_ptr, ranks_ptr, mask_ptr, p_ptr, ws, biases, bs,
+    Ns, sbls, M, K, R, sxm, sym, swn, swk, sbn, sbr, shs, shm, srk,
     o_order, o_seg_of, o_seg_start, o_seg_adapter,
     S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, PREC: tl.constexpr,
+    EVEN_K: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, MASKED: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x[m] W_i[n]^T + b_i[n] + h[i, m, :r] B_i[l, n, :r]^T, l the adapter of row m; without BASE, y += the last term.
+    MASKED (dx): dropout's mask and scale on the last term.
 
     Shapes: x `[M, K]`, W_i `[N_i, K]`, B_i `[L, N_i, R]`, b_i `[N_i]` in x's dtype (B: or float32); h `[S, M, R]` any dtype, cast to x's;
-        y `[M, sum N_i]`.
+        y `[M, sum N_i]`; mask int32 `[M, ceil(N / 32)]`, p `[L]`, where S is 1.
     Grid: one program per BM x BN tile, all slices in one launch; columns of GROUP_M row tiles. Independent of the adapter mix.
     Memory: x and W as in a GEMM; per tile and segment crossing it BM r of h and BN r of B; y stored once (without BASE: read and stored).
     Numerics: float32; ascending k, then the rank products, then the bias. A row takes a product only from its own segment (`where`, not a
@@ -145,6 +90,10 @@ def batched_linear_kernel(
             h = tl.load(h_ptr + i * shs + rows[:, None] * shm + (r + rr)[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
             b = tl.load(b_ptr + rn[:, None] * sbn + (r + rr)[None, :] * sbr, mask=(rn[:, None] < N) & inside[None, :], other=0.0)
             term = tl.dot(h.to(x_ptr.dtype.element_ty), b.to(x_ptr.dtype.element_ty).T, term, input_precision=PREC)
+        if MASKED:
+            _, keep_scale = drop_of(tl.load(p_ptr + adapter))
+            keep = load_keep(mask_ptr, tl.where(live, rows, M), M, tile * BN, tl.cdiv(N, 32), BM, BN)
+            term = tl.where(keep, term * keep_scale, 0.0)
         acc = tl.where(mine[:, None], acc + term, acc)
         seg += 1
 
@@ -161,37 +110,46 @@ def batched_linear_kernel(
         tl.store(yp, acc.to(y_ptr.dtype.element_ty), mask=keep)
 
 
-@jit
-def segment_reduce_kernel(
-    u_ptr, v_ptr, out_ptr, table_ptr, ranks_ptr, i, C, R, sum_, svm, sol, sor, soc, srk,
-    o_order, o_seg_start, o_seg_adapter,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, HAS_RANKS: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """out[l, r, c] = sum over the rows m of adapter l of u[m, r] v[m, c]: dA (u = g, v = x) and dB (u = h, v = dy).
+class Plan(NamedTuple):
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
 
-    Shapes: u `[M, R]`, v `[M, C]`; out `[L, R, C]` by strides (sol, sor, soc), zero where no program writes.
-    Grid: (columns / BC, R / BR, max segments); programs past the last segment or the true rank leave at once.
-    Memory: every row of a segment once per rank block; out written once.
-    Numerics: float32, rows in ascending order in one accumulator; no atomics, same bits every run.
-    """
-    seg = tl.program_id(2)
-    if seg >= tl.load(table_ptr + 2):
-        return
-    start = tl.load(table_ptr + o_seg_start + seg)
-    end = tl.load(table_ptr + o_seg_start + seg + 1)
-    adapter = tl.load(table_ptr + o_seg_adapter + seg)
-    rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
-    if tl.program_id(1) * BR >= rank:
-        return
-    rr = tl.program_id(1) * BR + tl.arange(0, BR)
-    rc = tl.program_id(0) * BC + tl.arange(0, BC)
-    acc = tl.zeros((BR, BC), tl.float32)
-    for p in range(start, end, BM):
-        rp = p + tl.arange(0, BM)
-        live = rp < end
-        rows = tl.load(table_ptr + o_order + rp, mask=live, other=0).to(tl.int64)
-        u = tl.load(u_ptr + rows[:, None] * sum_ + rr[None, :], mask=live[:, None] & (rr[None, :] < rank), other=0.0)
-        v = tl.load(v_ptr + rows[:, None] * svm + rc[None, :], mask=live[:, None] & (rc[None, :] < C), other=0.0)
-        acc = tl.dot(u.T, v, acc, input_precision=PREC)
-    out = out_ptr + adapter.to(tl.int64) * sol + rr[:, None] * sor + rc[None, :] * soc
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rr[:, None] < rank) & (rc[None, :] < C))
+
+PREFILL = Plan(128, 128, 64, 8, 3)
+SMALL = Plan(64, 128, 64, 8, 3)  # sm_80, where 128 x 128 spills; and every M under batch_invariant, so that a row's sums have one order
+FLOAT32 = Plan(64, 64, 32, 4, 2)
+ODD = Plan(32, 32, 32, 4, 2)  # K no multiple of the others' step: its mask, or addresses per element, take registers
+EXPAND = Plan(64, 128, 64, 8, 2)
+
+
+def plan(dtype: torch.dtype, K: int, arch: int, base: bool, batch_invariant: bool) -> Plan:
+    if base and K % (32 if dtype == torch.float32 else 64):
+        return ODD
+    if dtype == torch.float32:
+        return FLOAT32
+    if not base:
+        return EXPAND
+    return SMALL if batch_invariant or arch < 90 else PREFILL
+
+
+class Tiles:
+    """Launches y from x, or y += the update where `weights` is empty, for one call signature. Slices as in `batched_decode.Decode`."""
+
+    def __init__(self, plan: Plan, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, block: int, masked: bool = False):
+        (M, K), S, R, b = x.shape, len(pools_b), h.shape[2], pools_b[0]
+        at = _batch_table.layout(M, b.shape[0], block)
+        self.base = bool(weights)
+        Ns, w = tuple(t.shape[1] for t in pools_b), weights[0] if weights else b[0]
+        tiles = triton.cdiv(M, plan.BM) * sum(triton.cdiv(N, plan.BN) for N in Ns)
+        ints = (Ns, tuple(t.stride(0) for t in pools_b), M, K, R, x.stride(0), y.stride(0), *w.stride(), *b.stride()[1:])
+        ints += (h.stride(0), h.stride(1), stride0(ranks), at.order, at.seg_of, at.seg_start, at.seg_adapter)
+        constants = {"S": S, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "BR": rank_chunk(R), "GROUP_M": 8, "EVEN_K": K % plan.BK == 0}
+        constants |= {"BASE": self.base, "HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "MASKED": masked}
+        self.launch = Launcher(batched_linear_kernel, (tiles,), (), ints, plan.warps, plan.stages, **constants, PREC=precision(x.dtype))
+
+    def __call__(self, stream: int, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, ids, table: Tensor, mask=None, p=None) -> None:
+        bs = Pointers(pools_b)
+        self.launch(stream, (), (x, y, h, table, ranks, mask, p, Pointers(weights) if self.base else bs, biases, bs))

@@ -1,4 +1,4 @@
-"""The batch table of up to 256 rows in one launch (`_batch_table.build` takes about 50 small ones)."""
+"""The batch table in one launch up to 256 rows, in two beyond (`_batch_table.build` takes about 50 small ones)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _batch_table
-from .batched import on_its_device
-from .batched_prefill import jit
+from ._launch import Launcher, on_device
+from .batched_common import jit
+from .batched_sort import MOST_ADAPTERS, MOST_ROWS, SortedTable
 
 CHUNK = 32
 
@@ -76,12 +77,33 @@ def table_kernel(
     tl.store(out_ptr + o_blk_adapter + row, row * 0, mask=past)
 
 
-@on_its_device
+class Table:
+    """Launches the table of 1 to 256 rows for one (M, L, block)."""
+
+    def __init__(self, M: int, L: int, block: int):
+        at = _batch_table.layout(M, L, block)
+        ints = (M, L, at.max_segments, at.max_blocks, at.order, at.seg_of, at.seg_start, at.seg_adapter, at.blk_start, at.blk_len, at.blk_adapter)
+        BM = max(16, triton.next_power_of_2(M))
+        self.launch = Launcher(table_kernel, (1,), (), ints, 8, 1, BM=BM, TB=block, CHUNK=CHUNK)
+
+    def __call__(self, stream: int, ids: Tensor, out: Tensor) -> None:
+        self.launch(stream, (), (ids, out))
+
+
+_tables: dict[tuple, Table | SortedTable | None] = {}
+
+
 def build(ids: Tensor, L: int, block: int, out: Tensor) -> Tensor:
-    """As `_batch_table.build`, for 1 to 256 rows."""
-    M, at = ids.shape[0], _batch_table.layout(ids.shape[0], L, block)
-    table_kernel[(1,)](
-        ids, out, M, L, at.max_segments, at.max_blocks, at.order, at.seg_of, at.seg_start, at.seg_adapter,
-        at.blk_start, at.blk_len, at.blk_adapter, BM=max(16, triton.next_power_of_2(M)), TB=block, CHUNK=CHUNK, num_warps=8, num_stages=1,
-    )  # fmt: skip
+    """As `_batch_table.build`: one launch up to 256 rows, two up to `batched_sort.MOST_ROWS` rows of few enough adapters, else PyTorch."""
+    M = ids.shape[0]
+    key = M, L, block, ids.data_ptr() % 16, out.data_ptr() % 16, ids.device
+    if key not in _tables:
+        if len(_tables) >= 4096:
+            _tables.clear()
+        small, sorts = 0 < M <= _batch_table.DECODE_ROWS, 0 < M <= MOST_ROWS and L <= MOST_ADAPTERS
+        _tables[key] = Table(M, L, block) if small else SortedTable(M, L, block) if sorts else None
+    table = _tables[key]
+    if table is None:
+        return _batch_table.build(ids, L, block, out)
+    on_device(ids, table, ids, out)
     return out

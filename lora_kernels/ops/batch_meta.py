@@ -41,8 +41,8 @@ def as_ids(op: str, ids: Tensor) -> Tensor:
 
 
 def _build(ids: Tensor, L: int, block: int, out: Tensor) -> Tensor:
-    """The table in one launch where decode batches need it to be cheap, else in PyTorch."""
-    if ids.device.type == "cuda" and 0 < ids.shape[0] <= _batch_table.DECODE_ROWS and _device.has_module("triton"):
+    """The table in one or two launches where triton is there, else in PyTorch."""
+    if ids.device.type == "cuda" and _device.has_module("triton"):
         from ..kernels import batched_table
 
         return batched_table.build(ids, L, block, out)

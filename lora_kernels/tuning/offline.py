@@ -18,11 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import _launch, lora_linear
+from ..kernels import _launch, batched, batched_table, lora_linear
 from . import store
 
 # Shared memory one program may have, bytes (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# "warpgroup.arrive is injected to allow use of registers in GMMA": an order of register writes, no serialised loop.
+HARMLESS = {"C7519"}
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -44,7 +46,7 @@ class Report:
 
 def record(arch: int, call: Callable[[], Any]) -> list[tuple[_launch.Launcher, list]]:
     """The launches that `call` would make on a GPU of this architecture; its tensors lie on the meta device."""
-    caches = (lora_linear._forwards, lora_linear._backwards)
+    caches = (lora_linear._forwards, lora_linear._backwards, batched._prepared, batched_table._tables)
     before = store.ARCH
     try:
         store.ARCH = arch
@@ -63,22 +65,27 @@ def _source(launcher: _launch.Launcher, args: list) -> ASTSource:
     """The kernel with the signature Triton would derive from these arguments."""
     fn = launcher.fn
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(fn.params, [*args, *[None] * (len(fn.params) - len(args))], strict=False)):
-        name = parameter.name
-        if parameter.is_constexpr:
-            value = launcher.constants[name]
+
+    def describe(value: Any, path: tuple[int, ...]) -> str | tuple:
+        parameter = fn.params[path[0]]
+        if isinstance(value, tuple):
+            return tuple([describe(item, (*path, i)) for i, item in enumerate(value)])
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = "*" + _TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and not parameter.do_not_specialize:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    for i, (parameter, value) in enumerate(zip(fn.params, [*args, *[None] * (len(fn.params) - len(args))], strict=False)):
+        signature[parameter.name] = describe(launcher.constants[parameter.name] if parameter.is_constexpr else value, (i,))
     return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -94,7 +101,7 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
         sass = subprocess.run([_BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     opcodes = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE))
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-    shown = {k: v for k, v in launcher.constants.items() if k not in ("GROUP_M", "HAS_BIAS", "PRECISION")}
+    shown = {k: v for k, v in launcher.constants.items() if k not in ("GROUP_M", "HAS_BIAS", "PRECISION", "PREC")}
     config = " ".join(f"{k}={int(v)}" for k, v in (shown | launcher.warps_stages).items())
     return Report(
         kernel=launcher.fn.__name__,
@@ -105,7 +112,7 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
         shared=compiled.metadata.shared,
         register_a=len(re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", compiled.asm["ptx"])),
         opcodes=dict(opcodes),
-        warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)))),
+        warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)) - HARMLESS)),
     )
 
 
@@ -174,8 +181,8 @@ def _cached(key: tuple, arch: int) -> Report:
 _pending: dict[tuple, tuple] = {}
 
 
-def reports(layer: Layer) -> list[Report]:
-    """One report per distinct kernel of the layer's forward and backward."""
+def reports(layer: Any) -> list[Report]:
+    """One report per distinct kernel that `layer.call()` launches on `layer.arch`."""
     found = {}
     for launcher, args in record(layer.arch, layer.call):
         source = _source(launcher, args)

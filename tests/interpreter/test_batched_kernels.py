@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from batched_cases import Batch
 
 from lora_kernels import _batch_table, reference_batched, testing
-from lora_kernels.kernels import batched, batched_table
+from lora_kernels.kernels import _launch, batched, batched_reduce, batched_table
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 MIXED = [0, 0, 3, -1, 2, 2, 2, -1, 1, 3, 3, 0, -1, 2, 9, -5, 4]  # 9 and -5 name no adapter
@@ -27,27 +28,52 @@ CASES = {
     "bf16-none": dict(ids=[-1] * 5, Ns=[40], K=64, R=16, L=2, dtype=bf16),
     "bf16-rank_above_chunk": dict(ids=[0, 1, 2, 1], Ns=[40], K=64, R=100, L=3, dtype=bf16, ranks=[100, 65, 1]),
     "bf16-full_blocks": dict(ids=[0] * 33 + [1] * 16, Ns=[40], K=64, R=16, L=2, dtype=bf16),
+    "bf16-parts_of_K": dict(ids=MIXED, Ns=[40], K=1032, R=16, L=5, dtype=bf16),
+    "bf16-wide_tiles": dict(ids=MIXED * 9, Ns=[256, 512, 40], K=72, R=80, L=5, dtype=bf16, ranks="mixed"),
 }
+TMA = [name for name in CASES if name.startswith("bf16") and name not in ("bf16-three_slices", "bf16-parts_of_K")]
+
+
+@contextlib.contextmanager
+def form_of(form: str):
+    """Calls within take this form of prefill; "tma" must be the one that they would take anyway."""
+    serves, tiles = batched.tma_serves, batched.TmaTiles
+    made = []
+    if form == "gather":
+        batched.tma_serves = lambda *args: False
+    elif form == "tma":
+        batched.TmaTiles = lambda *args: made.append(tiles(*args)) or made[-1]
+    batched._prepared.clear()
+    try:
+        yield
+        assert made or form != "tma", "gathered after all"
+    finally:
+        batched.tma_serves, batched.TmaTiles = serves, tiles
+        batched._prepared.clear()
 
 
 def forward(b: Batch, form: str, packed: bool = False):
     invariant = form == "invariant"
-    table, block = b.table(invariant, 64 if form == "prefill" else None)
-    y, h, _ = batched.lora_batched_fwd(*b.base, b.ranks, b.scalings, None, None, table, block, packed, invariant)
-    counters = batched.scratch(b.x.device, 1)
-    assert not counters.any(), f"counters left behind: {counters.nonzero().flatten().tolist()}"
+    table, block = b.table(invariant, 64 if form in ("tma", "gather") else None)
+    weights = list(torch.cat(b.weights).split([w.shape[0] for w in b.weights]))
+    with form_of(form):
+        args = (b.x, weights, *b.base[2:], b.ranks, b.scalings, None, None, table, block, packed, invariant)
+        y, h, _ = batched.lora_batched_fwd(*args)
+    assert all(not flags.any() for flags in _launch._workspaces.values()), "counters left behind"
     return y, h
 
 
-@pytest.mark.parametrize("form", ["decode", "prefill", "invariant"])
-@pytest.mark.parametrize("name", CASES)
-def test_forward(name, form, monkeypatch):
-    monkeypatch.setattr(batched, "_sms", lambda device: 4)
+ONLY = {"bf16-parts_of_K": ["decode"], "bf16-wide_tiles": ["tma"]}
+FORMS = [(n, f) for n in CASES for f in ONLY.get(n, ["decode", "gather", "invariant"] + ["tma"] * (n in TMA))]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_forward(name, form):
     b = Batch.random(**CASES[name])
     b.assert_close(forward(b, form)[0])
 
 
-@pytest.mark.parametrize("form", ["decode", "prefill"])
+@pytest.mark.parametrize("form", ["decode", "gather", "tma"])
 def test_row_bits_ignore_neighbours(form):
     """Row 4 keeps its bits when the others change adapter, rank and content, even to NaN and infinity."""
     b = Batch.random(ids=MIXED, Ns=[72], K=200, R=24, L=5, dtype=bf16, ranks=[24, 3, 9, 24, 0])
@@ -78,7 +104,7 @@ def test_rank_packed_slices():
     for slot, r in enumerate(b.ranks[0].tolist()):
         for i in range(2):
             pool[slot, i * r : (i + 1) * r] = b.pools_a[i][slot, :r]
-    for form in ("decode", "prefill"):
+    for form in ("decode", "gather"):
         y, _ = forward(b.replace(pools_a=[pool, pool]), form, packed=True)
         assert torch.equal(y, forward(b, form)[0])
 
@@ -100,39 +126,79 @@ def test_shrink_and_expand(name):
     assert torch.equal(y[none], before[none])
 
 
-@pytest.mark.parametrize("name", ["bf16-mixed_ranks", "bf16-three_slices", "fp32-odd", "bf16-full_blocks"])
-def test_backward(name):
+def gradients(ops, b: Batch, dy, p=None, dtype=None) -> dict:
+    """y, keep mask, dx, and dA and dB per slice, by the reference or by the kernels."""
+    dtype = dtype or b.x.dtype
+    cast = lambda ts: [None if t is None else t.to(dtype) for t in ts]
+    x, w, bias, pools_a, pools_b = b.x.to(dtype), cast(b.weights), cast(b.biases), cast(b.pools_a), cast(b.pools_b)
+    (table, block), seed = b.table(), torch.tensor([0x123456789ABCDEF])
+    y, h, mask = ops.lora_batched_fwd(x, w, bias, pools_a, pools_b, b.ids, b.ranks, b.scalings, p, seed, table, block, False, False)
+    args = (dy.to(dtype), x, w, pools_a, pools_b, h, mask, b.ids, b.ranks, b.scalings, p, table, block, True, True, True)
+    dx, da, db = ops.lora_batched_bwd(*args)
+    return dict(y=y, mask=mask, dx=dx, **{f"dA{i}": t for i, t in enumerate(da)}, **{f"dB{i}": t for i, t in enumerate(db)})
+
+
+BACKWARD = [
+    ("bf16-mixed_ranks", "tma", False),
+    ("bf16-mixed_ranks", "tma", True),
+    ("bf16-mixed_ranks", "gather", True),
+    ("fp16-two_slices-fp32_pools-no_bias", "", True),
+    ("fp32-odd", "", False),
+]
+
+
+@pytest.mark.parametrize(("name", "form", "dropout"), BACKWARD)
+def test_backward(name, form, dropout):
     b = Batch.random(**CASES[name])
-    table, block = b.table()
+    p = torch.tensor([0.3, 0.0, 0.5, 1.0, 0.05][: b.pools_a[0].shape[0]]) if dropout else None
     dy = torch.randn(len(b.ids), sum(w.shape[0] for w in b.weights)).to(b.x.dtype)
-    flags = (b.ids, b.ranks, b.scalings, None, table, block, True, True, True)
+    with form_of(form):
+        got = gradients(batched, b, dy, p)
+    eager, exact = gradients(reference_batched, b, dy, p), gradients(reference_batched, b, dy, p, torch.float64)
+    assert torch.equal(got["mask"], exact["mask"])
+    for what in got:
+        assert what == "mask" or testing.error_ratio(got[what], eager[what], exact[what]) <= testing.ALLOWED_RATIO, what
 
-    def run(bwd, dtype, fwd):
-        cast = lambda ts: [None if t is None else t.to(dtype) for t in ts]
-        x, w, a, bb = b.x.to(dtype), cast(b.weights), cast(b.pools_a), cast(b.pools_b)
-        h = fwd(x, w, cast(b.biases), a, bb, b.ids, b.ranks, b.scalings, None, None, table, block, False, False)[1]
-        dx, da, db = bwd(dy.to(dtype), x, w, a, bb, h, x.new_empty(0), *flags)
-        return [dx, *da, *db]
 
-    got = run(batched.lora_batched_bwd, b.x.dtype, batched.lora_batched_fwd)
-    again = run(batched.lora_batched_bwd, b.x.dtype, batched.lora_batched_fwd)
-    eager = run(reference_batched.lora_batched_bwd, b.x.dtype, reference_batched.lora_batched_fwd)
-    exact = run(reference_batched.lora_batched_bwd, torch.float64, reference_batched.lora_batched_fwd)
-    for g, second, e, x64 in zip(got, again, eager, exact, strict=True):
-        assert torch.equal(g, second)
-        assert testing.error_ratio(g, e, x64) <= testing.ALLOWED_RATIO
+def test_gradients_in_chunks(monkeypatch):
+    """Segments of several chunks, of one, and of none; and the bits of an adapter's gradients ignore the others' rows."""
+    monkeypatch.setattr(batched_reduce, "FEWEST_ROWS", 64)
+    ids = torch.tensor(([0] * 7 + [1] + [3] * 3) * 40)[torch.randperm(440, generator=torch.Generator().manual_seed(1))]
+    b = Batch.random(ids=ids.tolist(), Ns=[40], K=72, R=16, L=4, dtype=bf16, ranks=[16, 9, 5, 16])
+    dy = torch.randn(440, 40).to(bf16)
+    got, eager, exact = gradients(batched, b, dy), gradients(reference_batched, b, dy), gradients(reference_batched, b, dy, None, torch.float64)
+    for what in ("dA0", "dB0"):
+        assert testing.error_ratio(got[what], eager[what], exact[what]) <= testing.ALLOWED_RATIO
+        assert not got[what][2].any()
+    others = b.replace(ids=torch.where(b.ids == 1, -1, torch.where(b.ids == 3, 2, b.ids)))
+    for what in ("dA0", "dB0"):
+        assert torch.equal(gradients(batched, others, dy)[what][0], got[what][0])
+
+
+MIXES = {
+    "mixed": MIXED * 3,
+    "one": [0],
+    "none": [-1] * 5,
+    "distinct": list(range(40))[::-1],
+    "one_adapter": [2] * 33,
+    "256_rows": torch.randint(-1, 6, (256,), generator=torch.Generator().manual_seed(3)).tolist(),
+    "two_launches": torch.randint(-1, 6, (600,), generator=torch.Generator().manual_seed(4)).tolist(),
+    "two_launches-distinct": list(range(300))[::-1],
+    "two_launches-none": [-1] * 257,
+}
 
 
 @pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("name", ["mixed", "one", "none", "distinct", "one_adapter", "full"])
-def test_table_in_one_launch(name, block):
-    g = torch.Generator().manual_seed(3)
-    ids = {"mixed": MIXED * 3, "one": [0], "none": [-1] * 5, "distinct": list(range(40))[::-1], "one_adapter": [2] * 33}.get(name)
-    ids = torch.randint(-1, 6, (256,), generator=g, dtype=torch.int32) if ids is None else torch.tensor(ids, dtype=torch.int32)
+@pytest.mark.parametrize("name", MIXES)
+def test_table(name, block):
+    """One launch up to 256 rows, two beyond: the arrays that PyTorch builds, word for word."""
+    ids = torch.tensor(MIXES[name], dtype=torch.int32)
     for L in (1, 5, 40):
         size = _batch_table.layout(len(ids), L, block).size
         found = batched_table.build(ids, L, block, torch.full((size,), -7, dtype=torch.int32))
         assert torch.equal(found, _batch_table.build(ids, L, block, torch.empty(size, dtype=torch.int32)))
+    assert (len(ids) > 256) == any(isinstance(table, batched_table.SortedTable) for table in batched_table._tables.values())
+    batched_table._tables.clear()
 
 
 def test_table_of_blocks_covers_every_row_once():

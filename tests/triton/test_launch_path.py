@@ -56,6 +56,42 @@ for step, described, pointers, floats, parameters in (
 """)
 
 
+def test_lean_launches_of_many_adapters_equal_tritons_own() -> None:
+    """Every kernel of the batched op, tuples of pointers and numbers among its parameters: decode, prefill by TMA and gathered, dropout, table."""
+    in_own_process("""
+from lora_kernels import _batch_table
+from lora_kernels.kernels import batched, batched_table
+lean, seen = _launch.Launcher.__call__, []
+
+def both(self, stream, described, pointers, floats=()):
+    flat = [item for arg in (*pointers, *floats, *self.ints) for item in (arg if isinstance(arg, tuple) else (arg,))]
+    n = 5 * len(described) + sum(item is not None and not (isinstance(item, int) and item == 1) for item in flat)
+    cuda.keep(0)
+    self._first(described, pointers, floats)
+    cuda.keep(n)
+    self._first(described, pointers, floats)
+    own, before = cuda.last(n), cuda.launches
+    assert self.raw is not None, self.fn.__name__
+    lean(self, stream, described, pointers, floats)
+    assert cuda.launches == before + 1 and cuda.last(n) == own, (self.fn.__name__, own, cuda.last(n))
+    seen.append(self.fn.__name__)
+
+_launch.Launcher.__call__ = both
+for M, Ns, L, p in ((17, (96,), 2, None), (17, (64, 32), 2, None), (600, (96,), 2, None), (600, (64, 32), 70, torch.ones(70))):
+    K, R, S = 64, 16, len(Ns)
+    x, ids = empty(M, K), torch.zeros(M, dtype=torch.int32)
+    ws, pools_a, pools_b = list(empty(sum(Ns), K).split(Ns)), [empty(L, R, K) for _ in Ns], [empty(L, N, R) for N in Ns]
+    block = _batch_table.default_block(M, False)
+    table = batched_table.build(ids, L, block, ids.new_empty(_batch_table.layout(M, L, block).size))
+    tail = (ids, None, torch.ones(S, L), p)
+    seed = torch.zeros(1, dtype=torch.int64)
+    y, h, mask = batched.lora_batched_fwd(x, ws, [None] * S, pools_a, pools_b, *tail, seed, table, block, False, False)
+    batched.lora_batched_bwd(y, x, ws, pools_a, pools_b, h, mask, *tail, table, block, True, True, True)
+kernels = "decode shrink segmented_tma batched_linear keep masked_shrink segment_reduce sum_chunks table count sort"
+assert set(seen) == {name + "_kernel" for name in kernels.split()}, set(seen)
+""")
+
+
 def test_descriptors_are_encoded_once_per_address_and_follow_it() -> None:
     in_own_process("""
 x, w, a, b = empty(192, 80), empty(160, 80), empty(16, 80), empty(160, 16)

@@ -1,0 +1,117 @@
+"""Many adapters: h of the rows of each token block, as units of work that a launch of its own or the decode kernel takes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _batch_table
+from ._launch import Launcher, Pointers, workspace
+from .batched_common import jit, pick, precision, rank_chunk, rank_of, stride0
+
+COUNTERS = tl.constexpr(3)  # sync[3 ...]: one arrival counter per group; before them the decode kernel's ticket, groups and exits
+
+
+@triton.jit
+def h_unit(
+    u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+    o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC,
+    S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
+    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Unit u: the part of h[i, rows of a block, BR columns] from one part of K; the last of the group's KC units sums and stores h."""
+    group = u // KC
+    part = u % KC
+    block = group % blocks
+    i = group // blocks // RC
+    r0 = group // blocks % RC * BR
+    start = tl.load(table_ptr + o_blk_start + block)
+    length = tl.load(table_ptr + o_blk_len + block)
+    adapter = tl.load(table_ptr + o_blk_adapter + block)
+    rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
+    if r0 < rank:
+        rt = tl.arange(0, TB)
+        rr = r0 + tl.arange(0, BR)
+        live = rt < length
+        rows = tl.load(table_ptr + o_order + start + rt, mask=live, other=0).to(tl.int64)
+        a_ptr = pick(as_, i, S) + adapter.to(tl.int64) * sal
+        if PACKED:
+            a_ptr += i * rank * sar
+        per_part = tl.cdiv(tl.cdiv(K, KC), BK) * BK
+        acc = tl.zeros((TB, BR), tl.float32)
+        for k in range(part * per_part, min((part + 1) * per_part, K), BK):
+            rk = k + tl.arange(0, BK)
+            x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=live[:, None] & (rk[None, :] < K), other=0.0)
+            a = tl.load(a_ptr + rr[:, None] * sar + rk[None, :] * sak, mask=(rr[:, None] < rank) & (rk[None, :] < K), other=0.0)
+            acc = tl.dot(x, a.to(x_ptr.dtype.element_ty).T, acc, input_precision=PREC)
+        scale = 1.0
+        if HAS_SCALINGS:
+            scale = tl.load(scalings_ptr + i * ssc + adapter)
+        hp = h_ptr + i * shs + rows[:, None] * shm + rr[None, :]
+        keep = live[:, None] & (rr[None, :] < rank)
+        if KC == 1:
+            tl.store(hp, (acc * scale).to(h_ptr.dtype.element_ty), mask=keep)
+        else:
+            parts = hpart_ptr + group.to(tl.int64) * (KC * TB * BR) + rt[:, None] * BR + tl.arange(0, BR)[None, :]
+            tl.store(parts + part * (TB * BR), acc)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(sync_ptr + COUNTERS + group, 1, sem="acq_rel", scope="gpu")
+            if arrived == KC - 1:
+                total = tl.zeros((TB, BR), tl.float32)
+                for c in range(KC):
+                    total += tl.load(parts + c * (TB * BR), cache_modifier=".cg")
+                tl.store(hp, (total * scale).to(h_ptr.dtype.element_ty), mask=keep)
+                tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
+
+
+@jit
+def shrink_kernel(
+    x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+    o_order, o_blk_start, o_blk_len, o_blk_adapter, RC,
+    S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
+    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """h[i, m, :r] = scale[i, l] x[m] A_i[l, :r]^T, l the adapter of row m.
+
+    Shapes: x `[M, K]`; A_i `[L, R, K]` (PACKED: `[L, S R, K]`) x's dtype or float32; h `[S, M, R]` any dtype, written where l and r exist.
+    Grid: (max_blocks * S * RC * KC); programs past the blocks of this batch leave at once.
+    Memory: x once per slice and rank chunk, A_l once per token block; with KC > 1 the parts, float32, written and read once.
+    Numerics: float32 over ascending k, KC parts added in order, scale applied to the float32 sum. No atomics on data.
+    Source: BGMV/SGMV shrink, arXiv:2310.18547.
+    """
+    blocks = tl.load(table_ptr)
+    u = tl.program_id(0)
+    if u < blocks * S * RC * KC:
+        h_unit(
+            u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+            o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
+        )  # fmt: skip
+
+
+class Shrink:
+    """Launches h[i, m, :r] for one call signature: x, pools of equal strides (`packed`: one pool for all), h `[S, M, R]` any dtype.
+
+    `parts` > 1 splits K, for few rows; the parts are summed in order.
+    """
+
+    def __init__(self, x: Tensor, pools_a: list[Tensor], h: Tensor, ranks, scalings, block: int, packed: bool, parts: int):
+        (M, K), S, R, a = x.shape, len(pools_a), h.shape[2], pools_a[0]
+        at, BR = _batch_table.layout(M, a.shape[0], block), rank_chunk(R)
+        RC, BK = triton.cdiv(R, BR), 32 if x.element_size() == 4 or K % 8 else 128 if a.dtype == x.dtype else 64
+        groups = at.max_blocks * S * RC
+        self.parts = groups * parts * block * BR if parts > 1 else 0
+        self.flags = 3 + groups
+        ints = (K, R, x.stride(0), *a.stride(), h.stride(0), h.stride(1), stride0(ranks), stride0(scalings))
+        ints += (at.order, at.blk_start, at.blk_len, at.blk_adapter, RC)
+        constants = {"S": S, "BK": BK, "BR": BR, "TB": block, "KC": parts, "HAS_RANKS": ranks is not None, "HAS_SCALINGS": scalings is not None}
+        constants |= {"PACKED": packed, "PREC": precision(x.dtype)}
+        self.launch = Launcher(shrink_kernel, (groups * parts,), (), ints, 4, 3, **constants) if groups else None
+
+    def __call__(self, stream: int, x: Tensor, pools_a: list[Tensor], h: Tensor, ranks, scalings, table: Tensor) -> None:
+        if self.launch is None:  # pools without slots
+            return
+        hpart = x.new_empty(self.parts, dtype=torch.float32) if self.parts else None
+        sync = workspace(x.device, stream, self.flags) if self.parts else None
+        self.launch(stream, (), (x, h, hpart, table, ranks, scalings, sync, Pointers(pools_a)))

@@ -1,6 +1,7 @@
 """Compiles `lora_kernels._C` with ninja: C++ for the CPU always, CUDA where csrc/cuda brings its part and nvcc is found. Needs no torch.
 
-`python csrc/native_build.py` builds it in place, whatever setuptools is there. CXX, CXXFLAGS and LDFLAGS are honoured. The CUDA part joins through `csrc/cuda/native_build_cuda.py`: a function `part(build_dir) -> Part | None`.
+`python csrc/native_build.py` builds it in place, whatever setuptools is there. CXX, CXXFLAGS and LDFLAGS are honoured. The CUDA part joins
+through `csrc/cuda/native_build_cuda.py`: a function `part(build_dir) -> Part | None`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The GPU's plans: Triton forms and tiles that fit the device, and cuBLAS + addmm_, each checked against float64 before it is timed."""
+"""The GPU's plans: Triton forms and tiles that fit the device, the CUDA kernels, and cuBLAS + addmm_, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import _device, reference, testing
 from .._errors import BackendError
 from ..ops import _registry
 from ..tuning import store
-from ..tuning.plan import FORMS, Plan, Problem, heuristic, tma_arch
+from ..tuning.plan import FORMS, Plan, Problem, cuda_plans, heuristic, tma_arch
 from .problem import SCALING, Operands, count_sets, exact, operands
 from .shapes import Case
 from .timing import Ratio, quantile, time_cuda
@@ -41,10 +41,10 @@ def fits(plan: Plan, problem: Problem, shared_limit: int) -> bool:
 
 
 def candidates(problem: Problem, arch: int, shared_limit: int, cuda: bool) -> list[Plan]:
-    """Distinct plans that can run: the heuristic's first, then cuBLAS, CUDA C++ where it is built, and every Triton form and tile that fits."""
+    """Distinct plans that can run: the heuristic's first, then cuBLAS, the CUDA kernels where they are built, the Triton tiles that fit."""
     first = heuristic(problem, arch)
-    others = ("torch", "triton", "cuda") if cuda else ("torch", "triton")
-    plans = [replace(first, implementation=name) for name in sorted(others, key=lambda name: name != first.implementation)]
+    plans = [replace(first, implementation=name) for name in sorted(("torch", "triton"), key=lambda name: name != first.implementation)]
+    plans += cuda_plans(problem) if cuda and arch == 90 else []
     for form in FORMS:
         if form != "pointer" and (not tma_arch(arch) or problem.dtype == torch.float32):
             continue
@@ -55,8 +55,10 @@ def candidates(problem: Problem, arch: int, shared_limit: int, cuda: bool) -> li
 
 
 def label(plan: Plan) -> str:
-    if plan.implementation != "triton":
-        return plan.implementation
+    if plan.implementation == "torch":
+        return "torch"
+    if plan.implementation == "cuda":
+        return f"cuda {plan.form} {plan.block_m}x{plan.block_n} c{plan.cluster} g{plan.group_m}"
     return f"{plan.form} {plan.block_m}x{plan.block_n}x{plan.block_k} w{plan.warps} s{plan.stages}"
 
 
@@ -154,9 +156,6 @@ def _seed(ops: Operands) -> Tensor:
 
 def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands) -> Callable[[], Tensor]:
     """The call that makes y (or dx), all its launches included, for the plan that `store.choose` now gives."""
-    from ..kernels import lora_linear as triton_ops
-    from ..kernels._launch import on_device
-
     forward, p = problem.op == "fwd", case.dropout
     x, w, a, b, seed = ops.x.detach(), ops.weight, ops.lora_a, ops.lora_b, _seed(ops) if p else None
     if forward:
@@ -166,15 +165,10 @@ def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands) -> Callabl
         args = (ops.dy, x, w, a, b, x.new_empty(case.M, case.R), mask, SCALING, p, True, False, False)
     op = "lora_linear_fwd" if forward else "lora_linear_bwd"
     backend = store.order(op, args, _registry.LADDERS["cuda"])[0]
-    if backend != "triton":
-        refused = _registry.why_not(op, backend, "cuda", args)
-        if refused:
-            raise BackendError(refused)
-        run = _registry.provider(backend).OPS[op][0]
-        return lambda: run(*args)[0]
-    # Not through the op: it remembers what it prepared for these shapes, which is another plan's.
-    if forward:
-        made = triton_ops.Forward(x, w, None, a, b, p)
-        return lambda: on_device(x, made, *args[:6], seed)[0]
-    made = triton_ops.Backward(ops.dy, x, w, a, b, p, True, False, False)
-    return lambda: on_device(x, made, *args[:8])[0]
+    refused = _registry.why_not(op, backend, "cuda", args)
+    if refused:
+        raise BackendError(refused)
+    run = _registry.provider(backend).OPS[op][0]
+    prepare = getattr(run, "prepare", None)  # not through the op: it remembers what it prepared for these shapes, which is another plan's
+    run = (prepare and prepare(*args)) or run
+    return lambda: run(*args)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from lora_kernels import _device
 from lora_kernels.bench import tune_gpu
+from lora_kernels.ops import _registry
 
 JOB = {"M": 40, "N": 48, "K": 64, "R": 8, "dtype": "float16"}
 
@@ -17,6 +19,7 @@ JOB = {"M": 40, "N": 48, "K": 64, "R": 8, "dtype": "float16"}
 def target(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=232_448))
     monkeypatch.setattr(_device, "cuda_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_registry, "provider", lambda name: "not here" if name == "cuda" else importlib.import_module(_registry.PROVIDERS[name]))
     monkeypatch.setattr(tune_gpu, "TILES", ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)))
 
     def run_once(calls, sets, budget):

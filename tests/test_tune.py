@@ -33,6 +33,23 @@ def test_candidates_start_with_the_heuristic_and_all_fit():
     assert all(fits(p, LARGE, 232_448) for p in plans if p.implementation == "triton")
 
 
+def test_quick_is_part_of_the_whole_and_keeps_the_kernels_that_matter():
+    whole, few = (candidates(LARGE, 90, 232_448, True, quick) for quick in (False, True))
+    assert set(few) < set(whole)
+    assert {p.implementation for p in few} == {"cuda", "torch", "triton"}
+    assert {p.form for p in few} == {"column0", "tma"}
+    assert {p.form for p in candidates(LARGE, 80, 166_912, False, quick=True)} == {"pointer"}
+
+
+def test_one_compilation_for_all_sizes_of_a_kind():
+    sizes, ranks = [(4096, 4096), (4096, 14336)], (16, 64)
+    jobs = tune_gpu.GpuTarget(torch.device("cuda")).jobs(sizes, (8192, 512), ranks)
+    found = tune_gpu.kinds(jobs)
+    assert len(found) == 2 * len(ranks) * 2
+    assert len({(j["op"], j["R"], j["dropout"]) for j in found}) == len(found)
+    assert found[0] == jobs[0]
+
+
 def test_what_cannot_fit_is_left_out():
     assert not fits(Plan("triton", "tma", 128, 256, 64, 8, 3), LARGE, 101_376)  # 147456 bytes of tiles
     assert not fits(Plan("triton", "tma", 128, 256, 64, 4, 3), LARGE, 232_448)  # 256 accumulators a thread
@@ -113,7 +130,7 @@ class FakeTarget:
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     made = FakeTarget()
-    monkeypatch.setattr(tune, "target", lambda device: made)
+    monkeypatch.setattr(tune, "target", lambda device, quick: made)
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     return made
 
@@ -153,6 +170,21 @@ def test_tuner_refuses_damaged_and_foreign_files(fake, tmp_path, text, words):
     assert fake.measured == []
     assert tune.main([*ARGS, "--again"]) == 0
     assert fake.measured == [1, 2]
+
+
+def test_no_problem_starts_after_its_seconds(fake, tmp_path, capsys):
+    assert tune.main([*ARGS, "--seconds", "0"]) == 0
+    assert fake.measured == []
+    assert "out of time" in capsys.readouterr().out
+    assert tune.main([*ARGS, "--seconds", "100"]) == 0
+    assert fake.measured == [1, 2]
+
+
+@pytest.mark.parametrize("option", [["--quick"], ["--compile", "2"]])
+def test_gpu_options_are_refused_on_a_cpu(fake, option):
+    with pytest.raises(lk.LoraValueError, match="for GPUs"):
+        tune.main([*ARGS, *option])
+    assert fake.measured == []
 
 
 @pytest.mark.parametrize("size", ["64", "axb", "1x2x3"])

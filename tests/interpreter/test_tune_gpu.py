@@ -41,6 +41,16 @@ def test_every_candidate_is_right_under_its_plan(target, op, dropout):
     assert set(outcome["us"].values()) == {1e6}  # what was timed gave finite numbers
 
 
+def test_compiling_a_kind_runs_its_triton_candidates_and_times_nothing(target, monkeypatch):
+    ran = []
+    prepare = tune_gpu._prepare
+    monkeypatch.setattr(tune_gpu, "_prepare", lambda plan, *rest: ran.append(plan) or prepare(plan, *rest))
+    monkeypatch.setattr(tune_gpu, "time_cuda", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(tune_gpu, "GpuTarget", lambda device, quick: target)
+    assert tune_gpu.compile_kind(torch.device("cuda"), True, {**JOB, "op": "fwd", "dropout": False}) == {}
+    assert {plan.form for plan in ran if plan.implementation == "triton"} == {"column0", "tma", "pointer"}
+
+
 def test_wrong_candidate_is_skipped(target, monkeypatch):
     prepare = tune_gpu._prepare
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lora_kernels import testing
 from lora_kernels.native import cuda
 from lora_kernels.native.cuda import Form
+from lora_kernels.tuning.plan import CUDA_TILES
 
 # M, N, K: Llama-3-8B and 70B projections, training and smaller batches
 SHAPES = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (8192, 8192, 8192), (8192, 1024, 4096), (2048, 4096, 4096), (512, 4096, 4096)]
@@ -28,16 +29,17 @@ def forms(M: int, N: int, K: int) -> Iterator[tuple[str, Callable[[], object]]]:
     w, wt = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) * K**-0.5 for s in ((N, K), (K, N)))
     yield "cublas", lambda: F.linear(x, w)
     yield "cublas dx", lambda: x @ wt
-    for block_n in (256, 192, 128):
+    for tile in CUDA_TILES:
         for cluster in (1, 2):
-            how = Form(False, block_n, cluster)
-            yield f"base {block_n} cluster {cluster}", lambda how=how: cuda.linear(x, w, None, None, None, None, 1.0, False, how=how)
+            how, name = Form(False, *tile, cluster), "{}x{} cluster {}".format(*tile, cluster)
+            yield f"base {name}", lambda how=how: cuda.linear(x, w, None, None, None, None, 1.0, False, how=how)
+            yield f"base dx {name}", lambda how=how: cuda.linear(x, wt, None, None, None, None, 1.0, True, how=how)
     for R in (16, 64):
         a, b = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) * 0.05 for s in ((R, K), (N, R)))
         at, bt, h = a.t().contiguous(), b.t().contiguous(), torch.randn(M, R, device="cuda", dtype=torch.bfloat16)
         mask = torch.randint(-(2**31), 2**31, (M, -(-N // 32)), device="cuda", dtype=torch.int32)
         for cluster in (1, 2):
-            column0, update = Form(True, 256, cluster), Form(False, 256, cluster)
+            column0, update = Form(True, 128, 256, cluster), Form(False, 128, 256, cluster)
             yield f"column0 R{R} cluster {cluster}", lambda a=a, b=b, how=column0: cuda.linear(x, w, None, a, b, None, 1.0, False, how=how)
             yield f"dx column0 R{R} cluster {cluster}", lambda a=at, b=bt, how=column0: cuda.linear(x, wt, None, a, b, None, 1.0, True, how=how)
             yield (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +121,10 @@ def main() -> int:
             print("\n".join(f"{'beside' if step.beside else '':6} {step.name:13} {step.limit:4} s  {' '.join(step.command)}" for step in group))
         print(f"together at most {sum(map(limit, todo)) + RESERVE} s of {60 * args.minutes:.0f} s")
         return 0
-    (args.work / "results").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(args.work / "results", ignore_errors=True)
+    for log in args.work.glob("*.log"):  # an earlier run's
+        log.unlink()
+    (args.work / "results").mkdir(parents=True)
     gpu, capability = card()
     env, done = environment(args.work, capability), []
     archive = args.out / f"gpu-run-{gpu_pack.folder_name(gpu)}.tar.gz"

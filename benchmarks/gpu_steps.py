@@ -38,10 +38,11 @@ def kernel_names() -> list[str]:
     return sorted({name for path in sources for name in re.findall(r"(?:def |\) )(\w+_kernel)\(", path.read_text())})
 
 
-def sanitizer_steps(tests: list[str]) -> list[Step]:
-    tool_path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool_path is None:
-        return []
+def sanitizer_steps(python: str, tests: list[str]) -> list[Step]:
+    places = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+    tool_path = next(filter(None, map(shutil.which, places)), None)
+    if tool_path is None:  # a gap in the results, to be seen in them
+        return [Step("sanitizers", [python, "-c", f"raise SystemExit('none of {', '.join(places)} is here')"], 140, beside=True)]
     only = [word for name in kernel_names() for word in ("--kernel-name", f"kns={name}")]
     options = ["--target-processes", "application-only", "--error-exitcode", "86", "--num-cuda-barriers", "64", *only]
     return [
@@ -71,7 +72,7 @@ def steps(python: str, out: Path, results: Path, wheels: Path | None) -> list[St
         Step("env", [*ours, "env"], 15, beside=True),
         Step("cuda-tests", [*tests, "-n", "4", CUDA_TESTS], 140, none_is_fine=True),
         Step("tests", [*tests, "-n", "9", *gpu_tests()], 140, none_is_fine=True, beside=True),
-        *sanitizer_steps(tests),
+        *sanitizer_steps(python, tests),
         Step("cuda-forms", [python, "benchmarks/cuda_forms.py", "--seconds", "{seconds}"], 35),
         Step("plans", [*tune, "--seconds", "{seconds}"], 56),
         Step("layers", [*bench, "--suite", "linear"], 82),

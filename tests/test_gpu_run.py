@@ -103,6 +103,14 @@ def test_sanitizers_check_our_kernels_alone(found):
             assert {"linear_kernel", "shrink_kernel", "column0_kernel", "update_tma_kernel", "decode_kernel"} <= checked
 
 
+def test_a_machine_without_sanitizers_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps.shutil, "which", lambda name: None)
+    found = {step.name: step for step in gpu_steps.steps(sys.executable, tmp_path, tmp_path, None)}
+    assert not set(SANITIZERS) & set(found)
+    assert _run(found["sanitizers"], tmp_path, 30)["outcome"] == "failed (1)"
+    assert "compute-sanitizer" in (tmp_path / "sanitizers.log").read_text()
+
+
 def test_the_steps_options_are_known(tmp_path):
     """Whatever a step runs must at least know its options: each is asked for help, with all of its options before."""
     found = gpu_steps.steps(sys.executable, tmp_path, tmp_path, None)

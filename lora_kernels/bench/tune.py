@@ -104,7 +104,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, action="append", help="an M to measure; may be repeated")
     parser.add_argument("--rank", type=int, action="append", help="an R to measure; may be repeated")
     parser.add_argument("--ship", action="store_true", help="write into the package (tuning/configs) instead of the user's cache folder")
-    parser.add_argument("--quick", action="store_true", help="GPU: few large problems and Triton tiles, a minute on an H100 once they are compiled")
+    parser.add_argument("--quick", action="store_true", help="GPU: few large problems and Triton tiles")
     parser.add_argument("--compile", type=int, metavar="N", help="GPU: only compile the Triton candidates, in N processes, and time nothing")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further problem after this time; what was measured is kept")
     parser.add_argument("--again", action="store_true", help="forget what the table holds and measure anew")

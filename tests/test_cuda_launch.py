@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import cuda_stand_in
 import pytest
@@ -131,12 +134,13 @@ KINDS = {"rank-16": (16, 0.0), "rank-72": (72, 0.0), "dropout": (16, 0.3)}
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_plan_is_launched_as_it_says_and_computes_the_op(module, monkeypatch, kind):
     R, p = KINDS[kind]
-    M, N, K = 300, 72, 264
+    M, N, K = 40, 72, 104
     c = Case.random(M, N, K, R, torch.bfloat16, bias=False, dropout_p=p)
     for op, size in (("fwd", (M, N, K)), ("dx", (M, K, N))):
         plans = cuda_plans(Problem(op, *size, R, torch.bfloat16, p > 0))
         assert len({plan.form for plan in plans}) == (2 if kind == "rank-16" else 1)
-        for plan in plans:
+        for i, plan in enumerate(p for p in plans if p.group_m == 8):
+            plan = replace(plan, group_m=1 + i)
             module.calls.clear()
             monkeypatch.setattr(
                 store, "choose", lambda problem, _, op=op, plan=plan: plan if problem.op == op else Plan("triton", "tma", 64, 64, 64, 4, 2)
@@ -194,3 +198,17 @@ def test_flags_grow_and_a_captured_call_has_its_own(module, monkeypatch):
     assert not larger.any()
     assert cuda._sync_buffer(device, 0, 10) is larger
     assert len({t.data_ptr() for t in (eager, larger, *captured)}) == 4
+
+
+def test_every_form_that_the_benchmark_times_runs(module):
+    spec = importlib.util.spec_from_file_location("cuda_forms", Path(__file__).parents[1] / "benchmarks" / "cuda_forms.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = dict(benchmark.forms(300, 72, 264, device="cpu"))
+    for name, call in found.items():
+        module.calls.clear()
+        result = call()
+        y = result[0] if isinstance(result, tuple) else result
+        assert y.isfinite().all(), name
+        assert len(module.calls) == (0 if "cublas" in name else 2 if "+" in name else 1), name
+    assert {name.split()[0] for name in found} == {"cublas", "base", "column0", "dx", "shrink"}

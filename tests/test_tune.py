@@ -92,6 +92,13 @@ def test_gpu_target_times_every_cuda_kernel_and_writes_a_table_that_reads_back(m
     assert store.look_up(store.read_table(tmp_path / "table.json", "Test GPU"), problem) == Plan("cuda", "tma", 128, 256, group_m=16)
 
 
+def test_a_problem_that_nobody_can_run_says_why(monkeypatch):
+    tuned = tune_gpu.GpuTarget(torch.device("cuda"))
+    monkeypatch.setattr(tuned, "ready", lambda *_, **__: ({}, {}, {"torch": "out of memory"}, 2))
+    with pytest.raises(lk.BackendError, match="no plan runs here; got torch: out of memory"):
+        tuned.measure({})
+
+
 # -------------------------------------------------------------------------------------------------------------------- files
 
 

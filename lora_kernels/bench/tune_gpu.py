@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _device, reference, testing
-from .._errors import BackendError
+from .._errors import BackendError, message
 from ..ops import _registry
 from ..tuning import store
 from ..tuning.plan import FORMS, Plan, Problem, cuda_plans, heuristic, tma_arch
@@ -102,6 +102,8 @@ class GpuTarget:
 
     def measure(self, job: dict) -> dict:
         calls, plans, skipped, sets = self.ready(job, cuda=not isinstance(_registry.provider("cuda"), str))
+        if not calls:
+            raise BackendError(message("no plan runs here", "; ".join(f"{name}: {why}" for name, why in skipped.items()), fix="lora-kernels check"))
         times, _ = time_cuda(calls, sets, budget=0.2)
         chosen = best(times)
         us = {name: 1e6 * quantile(seconds, 0.5) for name, seconds in times.items()}

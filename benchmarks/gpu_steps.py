@@ -29,7 +29,7 @@ def gpu_tests() -> list[str]:
     """The files that hold tests for a GPU, but for the CUDA kernels' own: collecting the others takes longer than running these."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     found = [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text()]
-    return [name for name in found if name not in (CUDA_TESTS, "tests/test_gpu_run.py")]
+    return [name for name in found if name != CUDA_TESTS]
 
 
 def kernel_names() -> list[str]:
@@ -54,7 +54,7 @@ def sanitizer_steps(python: str, tests: list[str]) -> list[Step]:
 
 def steps(python: str, out: Path, results: Path, wheels: Path | None) -> list[Step]:
     """16 processes of tests and sanitizers fill 16 cores: most of the tests' time goes to Triton's compiler."""
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors", "-m", "gpu"]
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--durations=12", "--continue-on-collection-errors", "-m", "gpu"]
     ours = [python, "-m", "lora_kernels"]
     tune = [*ours, "tune", "--device", "cuda", "--quick"]
     bench = [*ours, "bench", "--device", "cuda", "--out", str(results), "--minutes", "{minutes}"]

@@ -96,9 +96,9 @@ def gpu() -> tuple[list[Case], list[Case]]:
     """The default on a GPU, within the nine minutes of `make gpu`: Llama-3-8B in depth, the others sampled. Most wanted cases first."""
     model, linear = "llama-3-8b", []
     for name in ("q", "gate_up", "down"):  # the targets: M = 8192, R = 16 and 64, with and without dropout, both ways and forward alone
-        for dropout in (0.0, 0.05):
-            linear += _train(model, (name,), (8192,), (16, 64), dropout=dropout)
-        linear += _train(model, (name,), (8192,), (16, 64), mode="forward")
+        for mode in ("forward+backward", "forward"):
+            for dropout in (0.0, 0.05):
+                linear += _train(model, (name,), (8192,), (16, 64), mode=mode, dropout=dropout)
     linear += _train(model, ("q",), TRAIN_TOKENS, (16, 64)) + _train(model, ("q",), (8192,), (8, 128))
     linear += _train(model, ("kv", "gate_up", "down"), (2048, 8192), (16,))
     linear += _train(model, ("q", "down"), (2048, 8192), (16,), mode="forward")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import torch
-
 
 def test_every_pass_runs():
     path = Path(__file__).parents[2] / "benchmarks" / "rank_passes.py"
@@ -19,4 +17,3 @@ def test_every_pass_runs():
     assert {name for name, (masked, _) in found.items() if not masked} == plain
     for _, call in found.values():
         assert call() is None
-    assert torch.isfinite(torch.tensor(module.P))

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_batched.py                     CPU: PEFT's mixed batch, a loop over adapters, gather + bmm
     python benchmarks/bench_batched.py --device cuda       GPU: decode and prefill in CUDA graphs, weights rotated so that L2 holds none
-    --backend NAME --json FILE --rounds N --quick
+    --backend NAME --json FILE --rounds N --seconds S --quick          most wanted shapes first; the file is written after each
 
 Every contender's result is checked against float64 first. Then all contenders run in interleaved rounds (`lora_kernels.testing`);
 printed are the medians over rounds of the time and of its ratio to the base layer's in the same round.
@@ -14,6 +14,8 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -141,9 +143,10 @@ def shapes(device: str, quick: bool):
     if device == "cpu":
         sizes = (576,) if quick else (576, 2048, 4096)
         return [(M, size, size, L, 16, False) for size in sizes for L in (8, 64) for M in (1, 8, 64)]
-    layers = [(4096, 4096)] if quick else [(4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336)]
-    decode = [(M, N, K, L, R, False) for N, K in layers for R in (16, 64) for M in (1, 16, 64, 256) for L in sorted({1, min(8, M), M})]
-    return decode + [(8192, N, K, 8, R, True) for N, K in layers for R in (16, 64)]
+    layers = [(4096, 4096)] if quick else [(4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096)]
+    cases = [(M, N, K, L, R, False) for N, K in layers for R in (16, 64) for M in (16, 64, 1, 256) for L in sorted({1, min(8, M), M})]
+    cases += [(8192, N, K, 8, R, True) for N, K in layers for R in (16, 64)]
+    return sorted(cases, key=lambda c: (layers.index(c[1:3]) + 2 * (c[4] == 64), c[3] != 8))  # most wanted first
 
 
 def main() -> None:
@@ -154,11 +157,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--none", action="store_true", help="all rows without an adapter")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further shape after this time")
     parser.add_argument("--json")
     args = parser.parse_args()
     dtype, rows = getattr(torch, args.dtype), []
     torch.set_grad_enabled(False)
+    end = time.monotonic() + args.seconds
     for M, N, K, L, R, sorted_rows in shapes(args.device, args.quick):
+        if time.monotonic() > end:
+            sys.exit(f"bench_batched: out of time before M {M} N {N} K {K} L {L} R {R}")
         x, ids, scalings, copies = problem(M, N, K, L, R, dtype, args.device, L, 1.0 if args.none else 0.125, sorted_rows and not args.none)
         if args.none:
             ids.fill_(-1)
@@ -174,9 +181,9 @@ def main() -> None:
         text = "  ".join(f"{name} {us:8.1f} us x{ratio:5.2f}" for name, (us, ratio) in found.items())
         print(f"{args.dtype} M {M:4d} N {N:5d} K {K:5d} L {L:3d} R {R:2d} | {text}", flush=True)
         rows.append(dict(M=M, N=N, K=K, L=L, R=R, dtype=args.dtype, none=args.none, us_and_ratio=found))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

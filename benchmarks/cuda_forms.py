@@ -17,27 +17,29 @@ import torch.nn.functional as F
 from lora_kernels import testing
 from lora_kernels.native import cuda
 from lora_kernels.native.cuda import Form
+from lora_kernels.tuning.plan import CUDA_TILES
 
 # M, N, K: Llama-3-8B and 70B projections, training and smaller batches
 SHAPES = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (8192, 8192, 8192), (8192, 1024, 4096), (2048, 4096, 4096), (512, 4096, 4096)]
 
 
-def forms(M: int, N: int, K: int) -> Iterator[tuple[str, Callable[[], object]]]:
+def forms(M: int, N: int, K: int, device: str = "cuda") -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and call: the main loop alone, forward and dx with h in column 0, the two-launch forms, dx with dropout, the shrink."""
-    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-    w, wt = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) * K**-0.5 for s in ((N, K), (K, N)))
+    x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
+    w, wt = (torch.randn(*s, device=device, dtype=torch.bfloat16) * K**-0.5 for s in ((N, K), (K, N)))
     yield "cublas", lambda: F.linear(x, w)
     yield "cublas dx", lambda: x @ wt
-    for block_n in (256, 192, 128):
+    for tile in CUDA_TILES:
         for cluster in (1, 2):
-            how = Form(False, block_n, cluster)
-            yield f"base {block_n} cluster {cluster}", lambda how=how: cuda.linear(x, w, None, None, None, None, 1.0, False, how=how)
+            how, name = Form(False, *tile, cluster), "{}x{} cluster {}".format(*tile, cluster)
+            yield f"base {name}", lambda how=how: cuda.linear(x, w, None, None, None, None, 1.0, False, how=how)
+            yield f"base dx {name}", lambda how=how: cuda.linear(x, wt, None, None, None, None, 1.0, True, how=how)
     for R in (16, 64):
-        a, b = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) * 0.05 for s in ((R, K), (N, R)))
-        at, bt, h = a.t().contiguous(), b.t().contiguous(), torch.randn(M, R, device="cuda", dtype=torch.bfloat16)
-        mask = torch.randint(-(2**31), 2**31, (M, -(-N // 32)), device="cuda", dtype=torch.int32)
+        a, b = (torch.randn(*s, device=device, dtype=torch.bfloat16) * 0.05 for s in ((R, K), (N, R)))
+        at, bt, h = a.t().contiguous(), b.t().contiguous(), torch.randn(M, R, device=device, dtype=torch.bfloat16)
+        mask = torch.randint(-(2**31), 2**31, (M, -(-N // 32)), device=device, dtype=torch.int32)
         for cluster in (1, 2):
-            column0, update = Form(True, 256, cluster), Form(False, 256, cluster)
+            column0, update = Form(True, 128, 256, cluster), Form(False, 128, 256, cluster)
             yield f"column0 R{R} cluster {cluster}", lambda a=a, b=b, how=column0: cuda.linear(x, w, None, a, b, None, 1.0, False, how=how)
             yield f"dx column0 R{R} cluster {cluster}", lambda a=at, b=bt, how=column0: cuda.linear(x, wt, None, a, b, None, 1.0, True, how=how)
             yield (
@@ -46,7 +48,7 @@ def forms(M: int, N: int, K: int) -> Iterator[tuple[str, Callable[[], object]]]:
             )
         yield f"shrink + update R{R}", lambda a=a, b=b: cuda.linear(x, w, None, None, b, cuda.shrink(x, a, 1.0, False), 1.0, False, dependent=True)
         yield f"shrink R{R}", lambda a=a: cuda.shrink(x, a, 1.0, False)
-        seed, keep = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.empty((M, -(-K // 32)), dtype=torch.int32, device="cuda")
+        seed, keep = torch.zeros(1, dtype=torch.int64, device=device), torch.empty((M, -(-K // 32)), dtype=torch.int32, device=device)
         yield f"shrink with dropout R{R}", lambda a=a, keep=keep, seed=seed: cuda.shrink(x, a, 1.0, False, keep, seed, 0.1)
 
 

@@ -1,8 +1,8 @@
-"""What `make gpu` runs: build, GPU tests, sanitizer subset, benchmarks, in one go under nine minutes.
+"""What `make gpu` runs: build, GPU tests, sanitizers, plans and benchmarks (gpu_steps.py), in one go under nine minutes.
 
 No virtual environment and no network: the interpreter at hand (torch 2.11 or newer with CUDA, triton 3.6), wheels it lacks from WHEELS=folder.
-Every step has a limit of its own and of what is left; a step that fails or runs out of time does not stop the next. Logs and the
-summary are written as it goes, and benchmark files after every case, so that whatever cuts the run off, the finished part is kept.
+A step that fails does not stop the next. Each has its own limit, and the limits together fit the whole; what a step leaves over goes to the next.
+After every step all that is there goes into one archive (gpu_pack.py): whatever cuts the run off, the finished part is kept.
 """
 
 from __future__ import annotations
@@ -15,96 +15,129 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SANITIZED = "sanitize"  # tests with this word in their name run under compute-sanitizer
-CUDA_TESTS = "tests/gpu/test_cuda_kernels.py"
-WORKERS = "8"  # test processes: most of their time goes to Triton's compiler; a device fault ends only the process that met it
-HAS_KERNELS = "from lora_kernels import _C; print(len(_C.cuda_kernels()), 'CUDA kernels')"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_pack
+from gpu_steps import ROOT, Step, steps
+
+MARGIN = 12  # seconds for a step to import torch, and to finish the case it is in; one that is ended all the same keeps its earlier cases
+RESERVE = 8  # seconds for the last archive
 
 
-@dataclass(frozen=True)
-class Step:
-    name: str
-    command: list[str]
-    limit: int  # seconds
-    none_is_fine: bool = False  # pytest's "no test selected" (5) counts as skipped
+def card() -> tuple[str, str]:
+    """Name and compute capability of the first GPU, as the driver tells them."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader", "--id=0"]
+    try:
+        name, _, capability = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip().rpartition(", ")
+    except (OSError, subprocess.SubprocessError):
+        return "no GPU", ""
+    return name, capability
 
 
-def steps(python: str, out: Path, wheels: Path | None, bench_minutes: float) -> list[Step]:
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors", "-m", "gpu"]
-    found = []
-    if wheels is not None:
-        names = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
-        options = ["--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(out / "site")]
-        found.append(Step("wheels", [python, "-m", "pip", "install", "-q", *options, *names], 60))
-    found += [
-        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 150),
-        Step("native", [python, "-c", HAS_KERNELS], 20),  # setup.py ends well without a module, and its tests would skip
-        Step("env", [python, "-m", "lora_kernels", "env"], 30),
-        Step("tests", [*tests, "-n", WORKERS, "--ignore", CUDA_TESTS, "tests"], 150, none_is_fine=True),
-        Step("cuda-tests", [*tests, "-n", WORKERS, CUDA_TESTS], 100, none_is_fine=True),
-        Step("cuda-forms", [python, "benchmarks/cuda_forms.py", "--seconds", "40"], 60),
-    ]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer:
-        for tool in ("memcheck", "racecheck"):
-            watched = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "86", *tests, "-k", SANITIZED, "tests/gpu"]
-            found.append(Step(tool, watched, 60, none_is_fine=True))
-    bench = [python, "-m", "lora_kernels", "bench", "--out", str(out / "results"), "--minutes", f"{bench_minutes:g}"]
-    return [*found, Step("bench", bench, int(60 * bench_minutes) + 45)]
+def groups(found: list[Step]) -> list[list[Step]]:
+    """Steps that run at the same time."""
+    made: list[list[Step]] = []
+    for step in found:
+        if step.beside and made:
+            made[-1].append(step)
+        else:
+            made.append([step])
+    return made
 
 
-def run(step: Step, out: Path, limit: float, env: dict[str, str]) -> dict:
-    """Run one step into its own log; it and what it started are ended at the limit."""
-    start = time.monotonic()
-    with open(out / f"{step.name}.log", "w") as log:
-        child = subprocess.Popen(step.command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+def limit(group: list[Step]) -> int:
+    return max(step.limit for step in group)
+
+
+def run(group: list[Step], out: Path, seconds: float, env: dict[str, str]) -> list[dict]:
+    """Run steps at the same time, each into its own log; they and what they started are ended at the limit."""
+    start, children = time.monotonic(), []
+    for step in group:
+        has = max(1, seconds - MARGIN)
+        command = [word.replace("{seconds}", f"{has:.0f}").replace("{minutes}", f"{has / 60:.2f}") for word in step.command]
+        with open(out / f"{step.name}.log", "w") as log:
+            children.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+    ended = [0.0] * len(group)
+    while True:
+        now = time.monotonic() - start
+        for i, child in enumerate(children):
+            if not ended[i] and child.poll() is not None:
+                ended[i] = now
+        if all(ended) or now >= seconds:
+            break
+        time.sleep(0.05)
+    late = [child for child in children if child.poll() is None]
+    for child in late:
+        os.killpg(child.pid, signal.SIGINT)  # pytest then still reports the failures it has seen
+    patience = time.monotonic() + 5
+    for child in late:
         try:
-            code = child.wait(limit)
+            child.wait(max(0.1, patience - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGINT)  # pytest then still reports the failures it has seen
-            try:
-                child.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-            code = 124
-    outcome = "ok" if code == 0 else "nothing to run" if code == 5 and step.none_is_fine else "out of time" if code == 124 else f"failed ({code})"
-    return {"step": step.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1), "command": step.command}
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    entries = []
+    for step, child, end in zip(group, children, ended, strict=True):
+        code = 124 if child in late else child.returncode
+        outcome = "ok" if code == 0 else "nothing to run" if code == 5 and step.none_is_fine else "out of time" if code == 124 else f"failed ({code})"
+        entries.append({"step": step.name, "outcome": outcome, "seconds": round(end or time.monotonic() - start, 1), "command": step.command})
+    return entries
+
+
+def not_started(group: list[Step], out: Path) -> list[dict]:
+    for step in group:
+        (out / f"{step.name}.log").write_text("no time left\n")
+    return [{"step": step.name, "outcome": "not started", "seconds": 0.0, "command": step.command} for step in group]
 
 
 def summary_line(entry: dict, out: Path) -> str:
     lines = [line for line in (out / f"{entry['step']}.log").read_text(errors="replace").splitlines() if line.strip()]
-    return f"{entry['step']:10} {entry['outcome']:16} {entry['seconds']:6.1f} s  {lines[-1][:110] if lines else ''}"
+    return f"{entry['step']:13} {entry['outcome']:14} {entry['seconds']:6.1f} s  {lines[-1][:110] if lines else ''}"
+
+
+def environment(work: Path, capability: str) -> dict[str, str]:
+    paths = [str(work / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    env["LORA_KERNELS_CACHE"] = str(work / "plans")  # the measured plans: the benchmarks after them use them
+    if capability not in ("", "9.0"):
+        env["LORA_KERNELS_CUDA"] = "0"  # the CUDA kernels are for sm_90a
+    return env
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "out" / "gpu"), help="logs, summary.json, results/")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "out"), help="where the archive goes, and nothing else")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "gpu", help="logs, results/, plans/")
     parser.add_argument("--wheels", type=Path, default=os.environ.get("WHEELS"), help="folder of wheels to use beside the interpreter's packages")
-    parser.add_argument("--minutes", type=float, default=8.7, help="for everything together")
-    parser.add_argument("--bench-minutes", type=float, default=3.5, help="no benchmark case starts after this")
+    parser.add_argument("--minutes", type=float, default=8.8, help="for everything together")
     parser.add_argument("--only", action="append", metavar="STEP", help="only this step; may be repeated")
+    parser.add_argument("--list", action="store_true", help="say what would run and for how long at most, and run nothing")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    paths = [str(args.out / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    end = time.monotonic() + 60 * args.minutes
-    done: list[dict] = []
-    for step in steps(sys.executable, args.out, args.wheels and Path(args.wheels), args.bench_minutes):
+    found = steps(sys.executable, args.work, args.work / "results", args.wheels and Path(args.wheels))
+    todo = groups([step for step in found if step.name in (args.only or [step.name])])
+    if args.list:
+        for group in todo:
+            print("\n".join(f"{'beside' if step.beside else '':6} {step.name:13} {step.limit:4} s  {' '.join(step.command)}" for step in group))
+        print(f"together at most {sum(map(limit, todo)) + RESERVE} s of {60 * args.minutes:.0f} s")
+        return 0
+    shutil.rmtree(args.work / "results", ignore_errors=True)
+    for log in args.work.glob("*.log"):  # an earlier run's
+        log.unlink()
+    (args.work / "results").mkdir(parents=True)
+    gpu, capability = card()
+    env, done = environment(args.work, capability), []
+    archive = args.out / f"gpu-run-{gpu_pack.folder_name(gpu)}.tar.gz"
+    end = time.monotonic() + 60 * args.minutes - RESERVE
+    for i, group in enumerate(todo):
         left = end - time.monotonic()
-        if args.only and step.name not in args.only:
-            continue
-        if left < 5:
-            done.append({"step": step.name, "outcome": "not started", "seconds": 0.0, "command": step.command})
-            (args.out / f"{step.name}.log").write_text("no time left\n")
-        else:
-            done.append(run(step, args.out, min(step.limit, left), env))
-        print(summary_line(done[-1], args.out), flush=True)
-        (args.out / "summary.json").write_text(json.dumps(done, indent=1) + "\n")
+        granted = max(min(limit(group), left), left - sum(map(limit, todo[i + 1 :])))
+        entries = run(group, args.work, granted, env) if left >= 5 else not_started(group, args.work)
+        done += entries
+        (args.work / "summary.json").write_text(json.dumps({"gpu": gpu, "minutes": args.minutes, "steps": done}, indent=1) + "\n")
+        size = gpu_pack.pack(args.work, archive, gpu)
+        print("\n".join(summary_line(entry, args.work) for entry in entries), flush=True)
+    print(f"{archive}: {size / 1e6:.1f} MB; in a checkout: tar xzf {archive.name}")
     return 0 if all(entry["outcome"] in ("ok", "nothing to run") for entry in done) else 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import lora_kernels as lk
-from lora_kernels.bench import figures, plots, problem, records, report, run, shapes, timing
+from lora_kernels.bench import figures, plots, problem, provenance, records, report, run, shapes, timing
 
 
 @pytest.mark.parametrize("values, q, expected", [([3.0, 1.0, 2.0], 0.5, 2.0), ([0.0, 10.0], 0.2, 2.0), ([5.0], 0.8, 5.0)], ids=str)
@@ -190,6 +190,13 @@ def test_figure_without_results_says_so(tmp_path):
 def test_figure_of_an_unknown_producer_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="unknown figure"):
         figures.filled("<!-- figure cpu linear nonsense --><!-- /figure -->", tmp_path)
+
+
+def test_a_copy_without_git_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.commit() is None
+    monkeypatch.setenv("LORA_KERNELS_COMMIT", "0123abc")
+    assert provenance.commit() == "0123abc"
 
 
 def test_pages_equal_the_committed_results(capsys):

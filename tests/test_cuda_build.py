@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from lora_kernels.tuning.plan import Problem, cuda_plans
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
@@ -39,7 +42,7 @@ def test_no_torch_no_cutlass():
 
 @needs_nvcc
 def test_no_spills_no_stack_no_warnings(kernels):
-    assert len(kernels) == 46
+    assert len(kernels) == 50
     for k in kernels:
         assert (k.stack, k.spill_stores, k.spill_loads) == (0, 0, 0), k.name
         assert k.warnings == [], k.name
@@ -53,6 +56,17 @@ def test_registers_fit_the_launch(kernels):
         assert k.sass["USETMAXREG"] == 2, k.name
         assert k.highest_register < 232, f"{k.name}: a consumer uses more registers than setmaxnreg gives it"
         assert 0 < k.highest_producer_register < 40, f"{k.name}: the producer keeps more registers than setmaxnreg leaves it"
+
+
+@needs_nvcc
+def test_plans_name_every_kernel_and_no_other(kernels):
+    named = set()
+    for op, side in (("fwd", "forward"), ("dx", "dx")):
+        for R, dropout in ((16, False), (32, False), (64, False), (256, False), (16, True)):
+            for plan in cuda_plans(Problem(op, 8192, 4096, 4096, R, torch.bfloat16, dropout)):
+                form = f", column-0 R<={R}" if plan.form == "column0" else ", masked" if dropout and op == "dx" else ""
+                named.add(f"linear<bf16, {plan.block_m}x{plan.block_n}, {side}{form}>")
+    assert named == {k.name for k in kernels if k.name.startswith("linear<bf16")}
 
 
 @needs_nvcc
@@ -88,7 +102,7 @@ def test_module_lists_its_kernels_without_a_driver():
     code = "import json; from lora_kernels import _C; print(json.dumps(_C.cuda_kernels()))"
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
     found = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment, cwd=ROOT).stdout)
-    assert len(found) == 46
+    assert len(found) == 50
     assert max(found.values()) <= 232448
     assert "linear<bf16, 128x256, forward, column-0 R<=16>" in found
 
@@ -98,10 +112,10 @@ def test_module_lists_its_kernels_without_a_driver():
 def test_errors_name_kernel_shape_and_cuda_error():
     code = """
 from lora_kernels import _C
-for call in (lambda: _C.cuda_linear(0, False, False, False, False, 256, 1, 8, 128, 256, 64, 12, 1.0, *[0] * 15),
-             lambda: _C.cuda_linear(1, False, False, False, False, 64, 1, 8, 128, 256, 64, 16, 1.0, *[0] * 15),
+for call in (lambda: _C.cuda_linear(0, False, False, False, False, 128, 256, 1, 8, 128, 256, 64, 12, 1.0, *[0] * 15),
+             lambda: _C.cuda_linear(1, False, False, False, False, 128, 64, 1, 8, 128, 256, 64, 16, 1.0, *[0] * 15),
              lambda: _C.cuda_shrink(0, False, 128, 64, 16, 3, 1.0, 0, *[16] * 8),
-             lambda: _C.cuda_linear(0, False, False, False, False, 256, 2, 8, 128, 256, 64, 16, 1.0, *[0] * 15)):
+             lambda: _C.cuda_linear(0, False, False, False, False, 128, 256, 2, 8, 128, 256, 64, 16, 1.0, *[0] * 15)):
     try:
         call()
     except _C.CudaError as error:

@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-from types import SimpleNamespace
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import cuda_stand_in
 import pytest
 import torch
+from cuda_stand_in import StandIn
 from oracle import Case, assert_close
 
 import lora_kernels as lk
-from lora_kernels import _device, reference
 from lora_kernels.native import cuda
-
-DTYPES = (torch.bfloat16, torch.float16)
-BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.int32: 4, torch.int64: 8}
-
-
-def view(address: int, dtype: torch.dtype, rows: int, cols: int, pitch: int | None = None) -> torch.Tensor:
-    """The matrix at an address, as a kernel sees it."""
-    pitch = cols if pitch is None else pitch
-    assert address % 16 == 0 or dtype == torch.int64
-    count = (rows - 1) * pitch + cols
-    raw = (ctypes.c_char * (count * BYTES[dtype])).from_address(address)
-    return torch.frombuffer(raw, dtype=dtype).as_strided((rows, cols), (pitch, 1))
-
-
-class StandIn:
-    """`_C` as csrc/cuda/api.h describes it, by plain PyTorch on the addresses it is given."""
-
-    class CudaError(RuntimeError):
-        pass
-
-    def __init__(self):
-        self.calls: list[SimpleNamespace] = []
-
-    def cuda_linear_sync_ints(self, M):
-        return 1 + 2 * (-(-M // 128) + 1)
-
-    def cuda_linear(self, element, backward, column0, masked, dependent, block_n, cluster, group_m, M, N, K, R, scale, *rest):
-        x, ldx, w, ldw, a, lda, b, ldb, y, ldy, bias, h, mask, sync, stream = rest
-        self.calls.append(SimpleNamespace(**{k: v for k, v in locals().items() if k not in ("self", "rest")}))
-        dtype = DTYPES[element]
-        x, y = view(x, dtype, M, K, ldx), view(y, dtype, M, N, ldy)
-        w = view(w, dtype, K, N, ldw) if backward else view(w, dtype, N, K, ldw).t()
-        total = x.float() @ w.float()
-        if R:
-            b = view(b, dtype, R, N, ldb) if backward else view(b, dtype, N, R, ldb).t()
-            h = view(h, dtype, M, R)
-            if column0:
-                a = view(a, dtype, K, R, lda) if backward else view(a, dtype, R, K, lda).t()
-                h.copy_(scale * (x.float() @ a.float()))
-                assert not view(sync, torch.int32, 1, self.cuda_linear_sync_ints(M)).any()
-            else:
-                assert (a, sync) == (0, 0)
-            update = h.float() @ b.float()
-            if masked:
-                update = torch.where(reference.unpack_bits(view(mask, torch.int32, M, -(-N // 32)), N), update * scale, 0.0)
-            total += update
-        if bias:
-            total += view(bias, dtype, 1, N)
-        y.copy_(total)
-
-    def cuda_shrink(self, element, backward, M, K, R, split, scale, threshold, x, ldx, a, lda, h, mask, seed, stream):
-        self.calls.append(SimpleNamespace(**{k: v for k, v in locals().items() if k != "self"}))
-        dtype = DTYPES[element]
-        x = view(x, dtype, M, K, ldx).float()
-        a = view(a, dtype, K, R, lda) if backward else view(a, dtype, R, K, lda).t()
-        if mask:
-            bits = reference.dropout_mask(view(seed, torch.int64, 1, 1)[0], M, K, threshold / 65536)
-            view(mask, torch.int32, *bits.shape).copy_(bits)
-            x = torch.where(reference.unpack_bits(bits, K), x, 0.0)
-        view(h, dtype, M, R).copy_(scale * (x @ a.float()))
+from lora_kernels.ops import _registry
+from lora_kernels.tuning import store
+from lora_kernels.tuning.plan import CUDA_TILES, Plan, Problem, cuda_plans
 
 
 @pytest.fixture
 def module(monkeypatch):
-    stand_in = StandIn()
-    monkeypatch.setattr(cuda, "_module", lambda: stand_in)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(_device, "sm_count", lambda *_: 132)
-    monkeypatch.setattr(_device, "has_module", lambda name: False)
-    monkeypatch.setattr(cuda, "_sync", {})
-    return stand_in
+    return cuda_stand_in.install(monkeypatch)
 
 
 def forward_backward(c: Case) -> dict[str, torch.Tensor]:
@@ -181,9 +118,97 @@ def test_forms_are_ones_the_launcher_takes():
             for R, masked, given in ((16, False, False), (64, False, False), (72, False, True), (256, False, True), (16, True, True)):
                 how = cuda.form(M, N, R, masked, given, 132)
                 assert how.cluster == (2 if M > 128 else 1)
-                assert how.block_n in ((256,) if how.column0 or masked else (256, 192, 128))
+                assert (how.block_m, how.block_n) in (CUDA_TILES[:1] if how.column0 or masked else CUDA_TILES)
                 assert how.column0 == (not masked and not given)
         for K in (8, 256, 4096, 28672):
             s = cuda.split(M, K, 132)
             assert s in (1, 2, 4, 8)
             assert s == 1 or 4 * s <= -(-K // 64)
+
+
+# ------------------------------------------------------------------------------------------------------------------ by plan
+
+KINDS = {"rank-16": (16, 0.0), "rank-72": (72, 0.0), "dropout": (16, 0.3)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_plan_is_launched_as_it_says_and_computes_the_op(module, monkeypatch, kind):
+    R, p = KINDS[kind]
+    M, N, K = 40, 72, 104
+    c = Case.random(M, N, K, R, torch.bfloat16, bias=False, dropout_p=p)
+    for op, size in (("fwd", (M, N, K)), ("dx", (M, K, N))):
+        plans = cuda_plans(Problem(op, *size, R, torch.bfloat16, p > 0))
+        assert len({plan.form for plan in plans}) == (2 if kind == "rank-16" else 1)
+        for i, plan in enumerate(p for p in plans if p.group_m == 8):
+            plan = replace(plan, group_m=1 + i)
+            module.calls.clear()
+            monkeypatch.setattr(
+                store, "choose", lambda problem, _, op=op, plan=plan: plan if problem.op == op else Plan("triton", "tma", 64, 64, 64, 4, 2)
+            )
+            assert_close(forward_backward(c), c)
+            (call,) = [call for call in module.calls if hasattr(call, "block_m") and call.backward == (op == "dx")]
+            asked = (call.column0, call.block_m, call.block_n, call.cluster, call.group_m)
+            assert asked == (plan.form == "column0", plan.block_m, plan.block_n, plan.cluster, plan.group_m)
+
+
+def test_a_prepared_call_keeps_the_plan_it_was_prepared_with(module, monkeypatch):
+    c = Case.random(300, 72, 264, 16, torch.bfloat16)
+    args = (c.x, c.weight, c.bias, c.lora_a, c.lora_b, c.scaling, 0.0, None)
+    monkeypatch.setattr(store, "choose", lambda *_: Plan("cuda", "tma", 256, 128, group_m=16))
+    run = cuda.lora_linear_fwd.prepare(*args)
+    monkeypatch.setattr(store, "choose", lambda *_: pytest.fail("looked up again"))
+    assert_close({"y": run(*args)[0]}, c)
+    assert (module.calls[-1].block_m, module.calls[-1].group_m, module.calls[-1].cluster) == (256, 16, 1)
+    assert cuda.lora_linear_fwd.prepare(c.x[:0], *args[1:]) is None
+
+
+def test_a_measured_table_sends_the_op_here(module, monkeypatch, tmp_path):
+    """From the JSON file to the launch: the plan of the nearest M, the backend it puts first, the tile the kernel is asked for."""
+    plan = {"implementation": "cuda", "form": "tma", "block_m": 128, "block_n": 192, "group_m": 16, "cluster": 2}
+    entry = {"op": "fwd", "M": 512, "N": 72, "K": 264, "R": 16, "dtype": "bfloat16", "dropout": False, "plan": plan}
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    (tmp_path / "test-gpu.json").write_text(json.dumps({"device": "Test GPU", "entries": [entry]}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")
+    choose = store.choose.__wrapped__
+    monkeypatch.setattr(store, "choose", lambda problem, _: choose(problem, torch.device("cuda:0")))
+    store.tables.cache_clear()
+    c = Case.random(300, 72, 264, 16, torch.bfloat16)
+    args = (c.x, c.weight, c.bias, c.lora_a, c.lora_b, c.scaling, 0.0, None)
+    assert _registry.order("lora_linear_fwd", "cuda", args) == ("cuda", "triton", "reference")
+    assert_close({"y": cuda.lora_linear_fwd(*args)[0]}, c)
+    call = module.calls[-1]
+    assert (call.column0, call.block_m, call.block_n, call.cluster, call.group_m) == (False, 128, 192, 2, 16)
+    store.tables.cache_clear()
+
+
+# -------------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_flags_grow_and_a_captured_call_has_its_own(module, monkeypatch):
+    """What a graph captured must be neither shared with eager calls, nor replaced, nor freed when those need more."""
+    device = torch.device("cpu")
+    eager = cuda._sync_buffer(device, 0, 10)
+    assert cuda._sync_buffer(device, 0, 1000) is eager
+    assert cuda._sync_buffer(device, 1, 10) is not eager
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = [cuda._sync_buffer(device, 0, 10) for _ in range(2)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    larger = cuda._sync_buffer(device, 0, 5000)
+    assert larger.numel() >= 5000
+    assert not larger.any()
+    assert cuda._sync_buffer(device, 0, 10) is larger
+    assert len({t.data_ptr() for t in (eager, larger, *captured)}) == 4
+
+
+def test_every_form_that_the_benchmark_times_runs(module):
+    spec = importlib.util.spec_from_file_location("cuda_forms", Path(__file__).parents[1] / "benchmarks" / "cuda_forms.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = dict(benchmark.forms(300, 72, 264, device="cpu"))
+    for name, call in found.items():
+        module.calls.clear()
+        result = call()
+        y = result[0] if isinstance(result, tuple) else result
+        assert y.isfinite().all(), name
+        assert len(module.calls) == (0 if "cublas" in name else 2 if "+" in name else 1), name
+    assert {name.split()[0] for name in found} == {"cublas", "base", "column0", "dx", "shrink"}

@@ -205,6 +205,21 @@ def test_k_major_descriptor_reads_what_tma_wrote(host, rows):
                 assert memory[swizzle(address, width)] == (n, 16 * step + k)
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["128-rows", "256-rows"])
+def test_warpgroups_share_the_rows_of_a_tile(host, parts):
+    """Each 64-row wgmma reads its own panel of the x tile as TMA wrote it in one box, and every row of the tile is one's."""
+    rows, panel, base = 128 * parts, 64 * 128, 3 * 1024
+    memory, seen = tma_box(rows, 128, base), []
+    for w in range(2):
+        first = host.lib.k_major(base + host.lib.host_part_of(w, parts, 0) * panel)
+        for i in range(parts):
+            start, _, stride, width = fields(first + i * (panel >> 4))
+            at = [memory[swizzle(start + r // 8 * stride + r % 8 * 128, width)] for r in range(64)]
+            assert at == [(64 * host.lib.host_part_of(w, parts, i) + r, 0) for r in range(64)]
+            seen += [row for row, _ in at]
+    assert sorted(seen) == list(range(rows))
+
+
 @pytest.mark.parametrize("columns", [16, 32, 64, 128, 192, 256])
 def test_mn_major_descriptor_reads_what_tma_wrote(host, columns):
     base, wide = 7 * 1024, min(columns, 64)

@@ -11,7 +11,7 @@ import torch
 from lora_kernels import _errors
 from lora_kernels.ops import _registry
 from lora_kernels.tuning import store
-from lora_kernels.tuning.plan import Plan, Problem, fit, heuristic
+from lora_kernels.tuning.plan import Plan, Problem, cuda_plans, fit, heuristic
 
 BIG = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
 PLAN = {"implementation": "triton", "form": "tma", "block_m": 128, "block_n": 128, "block_k": 64, "warps": 8, "stages": 4, "group_m": 4}
@@ -75,6 +75,11 @@ def test_table_is_exact_then_nearest_in_log_space(folder):
     assert at(1).stages == 2
     assert at(0).stages == 2
     assert at(8192, K=8192) is None
+
+
+def test_a_call_that_comes_down_from_the_cuda_kernels_gets_tritons_tile():
+    assert fit(cuda_plans(BIG)[-1], BIG, True, True) == heuristic(BIG, 90)
+    assert fit(cuda_plans(BIG)[0], BIG, False, True).form == "pointer"
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
+import cuda_stand_in
 import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import _errors
-from lora_kernels.bench import tune
+from lora_kernels import _device, _errors, reference
+from lora_kernels.bench import tune, tune_gpu
 from lora_kernels.bench.tune_gpu import best, candidates, fits, label
+from lora_kernels.native import cuda as cuda_ops
+from lora_kernels.ops import _registry
 from lora_kernels.tuning import cpu, store
-from lora_kernels.tuning.plan import Plan, Problem, heuristic
+from lora_kernels.tuning.plan import Plan, Problem, cuda_plans, heuristic
 
 LARGE = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
 
@@ -24,7 +28,26 @@ def test_candidates_start_with_the_heuristic_and_all_fit():
     assert {p.implementation for p in plans} == {"cuda", "torch", "triton"}
     assert "cuda" not in {p.implementation for p in candidates(LARGE, 90, 232_448, cuda=False)}
     assert len(set(map(label, plans))) == len(plans) > 10
+    assert [p for p in plans if p.implementation == "cuda"] == cuda_plans(LARGE)
+    assert "cuda" not in {p.implementation for p in candidates(LARGE, 100, 232_448, cuda=True)}
     assert all(fits(p, LARGE, 232_448) for p in plans if p.implementation == "triton")
+
+
+def test_quick_is_part_of_the_whole_and_keeps_the_kernels_that_matter():
+    whole, few = (candidates(LARGE, 90, 232_448, True, quick) for quick in (False, True))
+    assert set(few) < set(whole)
+    assert {p.implementation for p in few} == {"cuda", "torch", "triton"}
+    assert {p.form for p in few} == {"column0", "tma"}
+    assert {p.form for p in candidates(LARGE, 80, 166_912, False, quick=True)} == {"pointer"}
+
+
+def test_one_compilation_for_all_sizes_of_a_kind():
+    sizes, ranks = [(4096, 4096), (4096, 14336)], (16, 64)
+    jobs = tune_gpu.GpuTarget(torch.device("cuda")).jobs(sizes, (8192, 512), ranks)
+    found = tune_gpu.kinds(jobs)
+    assert len(found) == 2 * len(ranks) * 2
+    assert len({(j["op"], j["R"], j["dropout"]) for j in found}) == len(found)
+    assert found[0] == jobs[0]
 
 
 def test_what_cannot_fit_is_left_out():
@@ -44,6 +67,36 @@ def test_column0_only_where_it_runs(R, dropout):
 def test_best_keeps_the_heuristic_within_the_spread():
     assert best({"first": [1.0, 1.1, 0.9, 1.0], "other": [0.99, 1.05, 0.95, 0.98]}) == "first"
     assert best({"first": [1.0, 1.1, 0.9, 1.0], "other": [0.5, 0.55, 0.45, 0.5]}) == "other"
+
+
+@pytest.mark.parametrize("op, dropout", [("fwd", False), ("dx", False), ("dx", True)], ids=["fwd", "dx", "dx-dropout"])
+def test_gpu_target_times_every_cuda_kernel_and_writes_a_table_that_reads_back(monkeypatch, tmp_path, op, dropout):
+    cuda_stand_in.install(monkeypatch)
+    providers = {"cuda": cuda_ops, "reference": reference}
+    monkeypatch.setattr(_registry, "provider", lambda name: providers.get(name, "not here"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=232_448))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")
+    monkeypatch.setattr(_device, "cuda_capability", lambda _: (9, 0))
+    kernel = "cuda tma 128x256 c1 g16"
+    times = lambda calls, *_, **__: ({name: [float(call(0).isfinite().all()) / (1 + (name == kernel))] * 3 for name, call in calls.items()}, {})
+    monkeypatch.setattr(tune_gpu, "time_cuda", times)
+    tuned = tune_gpu.GpuTarget(torch.device("cuda"))
+    tuned.device = torch.device("cpu")
+    job = {"op": op, "M": 300, "N": 48, "K": 64, "R": 8, "dtype": "float16", "dropout": dropout}
+    outcome = tuned.measure(job)
+    problem = Problem(op, 300, 48, 64, 8, torch.float16, dropout)
+    assert set(map(label, cuda_plans(problem))) <= set(outcome["us"])
+    assert not any(name.startswith("cuda") for name in outcome["skipped"])
+    assert outcome["chosen"] == kernel
+    (tmp_path / "table.json").write_text(json.dumps({**tuned.head(), **tuned.pack([{**job, **outcome}])}))
+    assert store.look_up(store.read_table(tmp_path / "table.json", "Test GPU"), problem) == Plan("cuda", "tma", 128, 256, group_m=16)
+
+
+def test_a_problem_that_nobody_can_run_says_why(monkeypatch):
+    tuned = tune_gpu.GpuTarget(torch.device("cuda"))
+    monkeypatch.setattr(tuned, "ready", lambda *_, **__: ({}, {}, {"torch": "out of memory"}, 2))
+    with pytest.raises(lk.BackendError, match="no plan runs here; got torch: out of memory"):
+        tuned.measure({})
 
 
 # -------------------------------------------------------------------------------------------------------------------- files
@@ -84,7 +137,7 @@ class FakeTarget:
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     made = FakeTarget()
-    monkeypatch.setattr(tune, "target", lambda device: made)
+    monkeypatch.setattr(tune, "target", lambda device, quick: made)
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     return made
 
@@ -126,6 +179,21 @@ def test_tuner_refuses_damaged_and_foreign_files(fake, tmp_path, text, words):
     assert fake.measured == [1, 2]
 
 
+def test_no_problem_starts_after_its_seconds(fake, tmp_path, capsys):
+    assert tune.main([*ARGS, "--seconds", "0"]) == 0
+    assert fake.measured == []
+    assert "out of time" in capsys.readouterr().out
+    assert tune.main([*ARGS, "--seconds", "100"]) == 0
+    assert fake.measured == [1, 2]
+
+
+@pytest.mark.parametrize("option", [["--quick"], ["--compile", "2"]])
+def test_gpu_options_are_refused_on_a_cpu(fake, option):
+    with pytest.raises(lk.LoraValueError, match="for GPUs"):
+        tune.main([*ARGS, *option])
+    assert fake.measured == []
+
+
 @pytest.mark.parametrize("size", ["64", "axb", "1x2x3"])
 def test_size_that_is_none(fake, size):
     with pytest.raises(lk.LoraValueError, match="KxN"):
@@ -136,6 +204,7 @@ def test_size_that_is_none(fake, size):
 
 GOOD = {"op": "fwd", "N": 32, "K": 64, "R": 16, "dtype": "bfloat16", "dropout": False}
 PLAN = {"implementation": "triton", "form": "tma", "block_m": 128, "block_n": 128, "block_k": 64, "warps": 8, "stages": 4, "group_m": 8}
+CUDA = {"implementation": "cuda", "form": "tma", "block_m": 128, "block_n": 192, "group_m": 8, "cluster": 2}
 
 
 @pytest.fixture
@@ -165,6 +234,12 @@ BAD = {
     "foreign": ("Other GPU", [], "another device"),
     "unknown-field": ("Test GPU", [{**GOOD, "M": 1, "plan": {**PLAN, "colour": 1}}], "unknown plan field"),
     "unknown-form": ("Test GPU", [{**GOOD, "M": 1, "plan": {**PLAN, "form": "spiral"}}], "unknown plan"),
+    "no-block-k": ("Test GPU", [{**GOOD, "M": 1, "plan": {**PLAN, "block_k": 0}}], "no kernel does this plan"),
+    "cuda-tile": ("Test GPU", [{**GOOD, "M": 1, "plan": {**CUDA, "block_m": 192}}], "no kernel does this plan"),
+    "cuda-cluster": ("Test GPU", [{**GOOD, "M": 1, "plan": {**CUDA, "cluster": 4}}], "no kernel does this plan"),
+    "cuda-group": ("Test GPU", [{**GOOD, "M": 1, "plan": {**CUDA, "group_m": 0}}], "no kernel does this plan"),
+    "cuda-column0-rank-128": ("Test GPU", [{**GOOD, "M": 1, "R": 128, "plan": {**CUDA, "form": "column0", "block_n": 256}}], "no kernel does"),
+    "cuda-masked-tile": ("Test GPU", [{**GOOD, "M": 1, "op": "dx", "dropout": True, "plan": CUDA}], "no kernel does this plan"),
     "no-plan": ("Test GPU", [{**GOOD, "M": 1}], "KeyError"),
 }
 

@@ -28,7 +28,7 @@ struct LinearCall {
   bool column0 = false;    // make h = scale * x A^T here (R <= 64); else h is given
   bool masked = false;     // backward only: the rank product is masked and scaled by `scale` = 1 / (1 - p)
   bool dependent = false;  // launched right behind the kernel that makes h: start early, wait before h (programmatic dependent launch)
-  int block_n = 256, cluster = 1, group_m = 8;
+  int block_m = 128, block_n = 256, cluster = 1, group_m = 8;  // tile: 128 x 256, 128 x 192, 128 x 128, 256 x 128
   int M = 0, N = 0, K = 0, R = 0;
   float scale = 1;
   Matrix x, w, a, b, y;

@@ -18,13 +18,13 @@ T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
-void linear(int element, bool backward, bool column0, bool masked, bool dependent, int block_n, int cluster, int group_m, int M, int N, int K, int R,
-            float scale, Pointer x, int64_t ldx, Pointer w, int64_t ldw, Pointer a, int64_t lda, Pointer b, int64_t ldb, Pointer y, int64_t ldy,
-            Pointer bias, Pointer h, Pointer mask, Pointer sync, Pointer stream) {
+void linear(int element, bool backward, bool column0, bool masked, bool dependent, int block_m, int block_n, int cluster, int group_m, int M, int N,
+            int K, int R, float scale, Pointer x, int64_t ldx, Pointer w, int64_t ldw, Pointer a, int64_t lda, Pointer b, int64_t ldb, Pointer y,
+            int64_t ldy, Pointer bias, Pointer h, Pointer mask, Pointer sync, Pointer stream) {
   lk::cuda::LinearCall c;
   c.element = Element(element);
   c.backward = backward, c.column0 = column0, c.masked = masked, c.dependent = dependent;
-  c.block_n = block_n, c.cluster = cluster, c.group_m = group_m;
+  c.block_m = block_m, c.block_n = block_n, c.cluster = cluster, c.group_m = group_m;
   c.M = M, c.N = N, c.K = K, c.R = R, c.scale = scale;
   c.x = {at(x), ldx}, c.w = {at(w), ldw}, c.a = {at(a), lda}, c.b = {at(b), ldb}, c.y = {at(y), ldy};
   c.bias = at(bias), c.h = at(h), c.mask = at<const uint32_t>(mask), c.sync = at<int>(sync);

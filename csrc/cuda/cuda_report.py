@@ -48,12 +48,12 @@ def readable(mangled: str) -> str:
     """The name that `_C.cuda_kernels()` gives this kernel."""
     element = "bf16" if "nv_bfloat16" in mangled else "fp16"
     numbers = re.findall(r"L[ib](\d+)E", mangled)
-    side = "dx" if numbers[0 if "shrink" in mangled else 1] == "1" else "forward"
+    side = "dx" if numbers[0 if "shrink" in mangled else 2] == "1" else "forward"
     if "shrink" in mangled:
         return f"shrink<{element}, {side}, R<={numbers[1]}>"
-    block_n, _, rank, masked = numbers[:4]
+    block_m, block_n, _, rank, masked = numbers[:5]
     form = f", column-0 R<={rank}" if rank != "0" else ", masked" if masked == "1" else ""
-    return f"linear<{element}, 128x{block_n}, {side}{form}>"
+    return f"linear<{element}, {block_m}x{block_n}, {side}{form}>"
 
 
 def cuobjdump() -> str:

@@ -4,8 +4,8 @@
 namespace lk::cuda {
 
 LinearRun dx_update(const LinearCall& c) {
-  if (c.masked && c.block_n != 256) return nullptr;
-  if (c.masked) return c.element == Element::bf16 ? instance<__nv_bfloat16, 256, true, 0, true>() : instance<__half, 256, true, 0, true>();
+  if (c.masked && (c.block_m != 128 || c.block_n != 256)) return nullptr;
+  if (c.masked) return c.element == Element::bf16 ? instance<__nv_bfloat16, 128, 256, true, 0, true>() : instance<__half, 128, 256, true, 0, true>();
   return c.element == Element::bf16 ? update_instance<__nv_bfloat16, true>(c) : update_instance<__half, true>(c);
 }
 

@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_columns(uint32_t panel, int thread, int j,
                 pack<T>(d[2] + lo.x, d[3] + lo.y), pack<T>(d[4] + hi.x, d[5] + hi.y), pack<T>(d[6] + hi.x, d[7] + hi.y));
 }
 
-// y tile of one warpgroup (64 rows x BN) through PANELS buffers of its own. Before a buffer is written again, thread 0 has seen all but the latest
+// 64 rows x BN of y through PANELS buffers of its own. Before a buffer is written again, thread 0 has seen all but the latest
 // PANELS - 1 of its stores finish reading; the barrier tells the others. Writes by stmatrix reach TMA through fence + barrier.
 template <class T, int BN, int PANELS>
 __device__ __forceinline__ void store_tile(const CUtensorMap* y, const T* bias, int N, const float (&acc)[BN / 2], uint32_t panels, int warpgroup,

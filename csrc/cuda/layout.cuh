@@ -8,7 +8,7 @@
 
 namespace lk::cuda {
 
-constexpr int kTileM = 128;               // rows of x per CTA: two consumer warpgroups of 64
+constexpr int kTileM = 128;               // rows of x per CTA: two consumer warpgroups of 64; GEMM tiles may have twice as many
 constexpr int kBlockK = 64;               // one 128-byte row of 16-bit elements: the widest swizzle
 constexpr int kRowBytes = kBlockK * 2;    // of a K-major tile
 constexpr int kChunk = 64;                // columns of one MN-major box
@@ -58,6 +58,9 @@ using Operand = typename OperandOf<MN, COLS>::type;
 // first row, d[4 j + {2, 3}] of the second.
 LK_HD int fragment_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 LK_HD int fragment_column(int thread) { return thread % 4 * 2; }
+
+// Part `i` (64 rows, one wgmma) of the `parts` that warpgroup `w` computes: counted from the top of the tile.
+LK_HD int part_of(int w, int parts, int i) { return w * parts + i; }
 
 // stmatrix.x4 of columns 16 j .. 16 j + 15 of a warp's 16 rows (d[8 j .. 8 j + 7]): the row and 16-byte chunk whose address lane t gives.
 LK_HD int stmatrix_row(int thread) { return thread / 32 * 16 + (thread & 15); }

@@ -1,8 +1,9 @@
 // y = x W^T + b + h B^T, and dx = dy W + drop'(g A), in one pass over the output: the K loop goes on over (h, B) in the same fp32 accumulator.
 //
 // Shapes: x [M, K], h [M, R], y [M, N] rows contiguous; W and B K-major ([N, K], [N, R]: forward) or, with MN, MN-major ([K, N], [R, N]: dx).
+// Tile: BM x BN; each of the two consumer warpgroups computes BM / 2 rows, in parts of 64 rows (one wgmma each).
 // Grid: one CTA per SM, persistent, clusters of 1 or 2. In a cluster of 2 the CTAs take tiles one above the other and each loads half of the W tile
-//   for both (TMA multicast): 32 instead of 48 KB of L2 reads per block of 128 x 256 x 64.
+//   for both (TMA multicast): 32 instead of 48 KB of L2 reads per block of 128 x 256 x 64, 40 instead of 48 of 256 x 128 x 64.
 // Memory: x once per column of tiles and W once per row of tiles from L2; y written once; with RP > 0 h written once.
 // Numerics: fp32 accumulator, one rounding; h rounded once, as an operand. Every sum in a fixed order: same bits every run.
 // Source: warp-specialised persistent GEMM after DeepGEMM and fast.cu; the rank step after LoRAFusion (arXiv 2510.00206), column-0 form our own.
@@ -49,21 +50,24 @@ struct LinearArgs {
   int* sync;             // column-0 form: ticket, ready[rows * cluster], taken[rows * cluster]
 };
 
-template <int BN, int RP, int SLOTS, int PANELS>
+template <int BM, int BN, int RP, int SLOTS, int PANELS>
 struct LinearSmem {
-  static constexpr int kW = BN * kRowBytes, kA = RP * kRowBytes, kSlot = kTileBytes + kW + kA, kStaging = 2 * PANELS * kPanelBytes;
+  static constexpr int kX = BM * kRowBytes, kW = BN * kRowBytes, kA = RP * kRowBytes, kSlot = kX + kW + kA, kStaging = 2 * PANELS * kPanelBytes;
   using Pipe = Pipeline<SLOTS, kSlot>;
   static constexpr int kBytes = 1024 + Pipe::kDataBytes + kStaging + Pipe::kControlBytes;
   static_assert(kBytes <= 232448, "shared memory of one CTA on sm_90");
 };
 
-template <class T, int BN, bool MN, int RP, bool MASKED, int SLOTS, int PANELS>
+template <class T, int BM, int BN, bool MN, int RP, bool MASKED, int SLOTS, int PANELS>
 struct Linear {
-  using Smem = LinearSmem<BN, RP, SLOTS, PANELS>;
+  using Smem = LinearSmem<BM, BN, RP, SLOTS, PANELS>;
   using Pipe = typename Smem::Pipe;
   using WOperand = Operand<MN, BN>;
   using AOperand = Operand<MN, RP == 0 ? 64 : RP>;
   static constexpr bool kColumn0 = RP > 0;
+  static constexpr int kParts = BM / 128;  // of 64 rows per consumer warpgroup
+  static_assert(kParts == 1 || !kColumn0, "flags are per 128 rows, and h has no registers beside two parts");
+  using Tile = float[kParts][BN / 2];
 
   const LinearMaps& maps;
   const LinearArgs& a;
@@ -94,20 +98,20 @@ struct Linear {
 
   __device__ __forceinline__ void push_base(int u, int m, int n, bool make_h) {
     for (int k = 0; k < a.K; k += kBlockK, pipe.ring.advance()) {
-      const uint32_t bar = pipe.arm(u, kTileBytes + Smem::kW + (make_h ? Smem::kA : 0)), at = pipe.slot();
-      ptx::tma_load(at, &maps.x, bar, k, m * kTileM);
-      load_columns(at + kTileBytes, &maps.w, bar, k, n * BN);
-      if (make_h) ptx::tma_load(at + kTileBytes + Smem::kW, &maps.a, bar, MN ? 0 : k, MN ? k : 0);
+      const uint32_t bar = pipe.arm(u, Smem::kX + Smem::kW + (make_h ? Smem::kA : 0)), at = pipe.slot();
+      ptx::tma_load(at, &maps.x, bar, k, m * BM);
+      load_columns(at + Smem::kX, &maps.w, bar, k, n * BN);
+      if (make_h) ptx::tma_load(at + Smem::kX + Smem::kW, &maps.a, bar, MN ? 0 : k, MN ? k : 0);
     }
   }
 
   __device__ __forceinline__ void push_rank(int u, int m, int n, bool own_h) {
     for (int r = 0; r < a.R; r += kBlockK, pipe.ring.advance()) {
-      const uint32_t bar = pipe.arm(u, Smem::kW + (own_h ? 0 : kTileBytes)), at = pipe.slot();
-      load_columns(at + kTileBytes, &maps.b, bar, r, n * BN);
+      const uint32_t bar = pipe.arm(u, Smem::kW + (own_h ? 0 : Smem::kX)), at = pipe.slot();
+      load_columns(at + Smem::kX, &maps.b, bar, r, n * BN);
       if (!own_h) {
         if (kColumn0) wait_for_h(m);
-        ptx::tma_load(at, &maps.h, bar, r, m * kTileM);
+        ptx::tma_load(at, &maps.h, bar, r, m * BM);
       }
     }
   }
@@ -149,52 +153,63 @@ struct Linear {
     Wgmma<T, COLS, MN>::mma(acc, x + step * (KMajor::step >> 4), w + step * (Op::step >> 4), accumulate);
   }
 
+  // Every part of this warpgroup's rows, `x` being the first: they lie one panel below the other.
+  __device__ __forceinline__ static void mma_parts(Tile& acc, uint64_t x, uint64_t w, int step, bool accumulate) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) mma<WOperand, BN>(acc[i], x + i * (kPanelBytes >> 4), w, step, accumulate);
+  }
+  __device__ __forceinline__ static void pin(Tile& acc) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) ptx::pin(acc[i]);
+  }
+
   // The base product of one tile; with MAKE_H, h beside it from the same x tile.
   template <bool MAKE_H, int HR>
-  __device__ __forceinline__ void base(float (&acc)[BN / 2], float (&hacc)[HR], int w, bool waited, bool accumulate) {
+  __device__ __forceinline__ void base(Tile& acc, float (&hacc)[HR], int w, bool waited, bool accumulate) {
     const int blocks = ceil_div(a.K, kBlockK);
     int k = 0;
     do {
       pipe.wait();
       const uint32_t at = pipe.slot();
-      const uint64_t x = KMajor::at(at + w * kPanelBytes), wd = WOperand::at(at + kTileBytes), ad = AOperand::at(at + kTileBytes + Smem::kW);
-      ptx::pin(acc);
+      const uint64_t x = KMajor::at(at + part_of(w, kParts, 0) * kPanelBytes), wd = WOperand::at(at + Smem::kX),
+                     ad = AOperand::at(at + Smem::kX + Smem::kW);
+      pin(acc);
       if (MAKE_H) ptx::pin(hacc);
       ptx::wgmma_fence();
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        mma<WOperand, BN>(acc, x, wd, s, accumulate || k > 0 || s > 0);
+        mma_parts(acc, x, wd, s, accumulate || k > 0 || s > 0);
         if constexpr (MAKE_H) mma<AOperand, 2 * HR>(hacc, x, ad, s, true);
       }
       ptx::wgmma_commit();
-      ptx::pin(acc);
+      pin(acc);
       if (MAKE_H) ptx::pin(hacc);
       ptx::wgmma_wait<1>();
       if (k > 0) pipe.release(pipe.ring.before());
       pipe.ring.advance();
     } while (++k < blocks);
     ptx::wgmma_wait<0>();
-    ptx::pin(acc);
+    pin(acc);
     if (MAKE_H) ptx::pin(hacc);
     pipe.release(pipe.ring.before());
   }
 
   template <int STEPS>
-  __device__ __forceinline__ static void rank_steps(float (&acc)[BN / 2], uint64_t x, uint64_t b, bool add) {
-    ptx::pin(acc);
+  __device__ __forceinline__ static void rank_steps(Tile& acc, uint64_t x, uint64_t b, bool add) {
+    pin(acc);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) mma<WOperand, BN>(acc, x, b, s, add || s > 0);
+    for (int s = 0; s < STEPS; ++s) mma_parts(acc, x, b, s, add || s > 0);
     ptx::wgmma_commit();
-    ptx::pin(acc);
+    pin(acc);
   }
 
   // The rank product: A operand from the slot (h by TMA), or for a tile that made h itself from its own panel.
-  __device__ __forceinline__ void rank(float (&acc)[BN / 2], uint32_t own_h, int w, bool waited, bool accumulate) {
+  __device__ __forceinline__ void rank(Tile& acc, uint32_t own_h, int w, bool waited, bool accumulate) {
     for (int r = 0; r * kBlockK < a.R; ++r, pipe.ring.advance()) {
       if (r > 0 || !waited) pipe.wait();
       const uint32_t at = pipe.slot();
-      const uint64_t x = KMajor::at(own_h != 0 ? own_h : at + w * kPanelBytes), b = WOperand::at(at + kTileBytes);
+      const uint64_t x = KMajor::at(own_h != 0 ? own_h : at + part_of(w, kParts, 0) * kPanelBytes), b = WOperand::at(at + Smem::kX);
       // One straight line per number of steps: around a wgmma under a condition ptxas would serialise all of them (C7520).
       const int steps = kColumn0 ? RP / 16 : steps_of(r, a.R);
       const bool add = accumulate || r > 0;
@@ -207,7 +222,7 @@ struct Linear {
       else
         rank_steps<4>(acc, x, b, add);
       ptx::wgmma_wait<0>();
-      ptx::pin(acc);
+      pin(acc);
       pipe.release(pipe.ring.slot);
     }
   }
@@ -246,11 +261,12 @@ struct Linear {
       const int u = pipe.unit();
       if (u == kNoMore) break;
       const Unit unit = a.raster.at(u);
-      const int m = unit.m * a.cluster + int(pipe.rank), row = m * kTileM + w * 64, col = unit.n * BN;
-      float acc[BN / 2];
+      const int m = unit.m * a.cluster + int(pipe.rank), row = m * BM + part_of(w, kParts, 0) * 64, col = unit.n * BN;
+      Tile acc;
       if constexpr (MASKED) {
         rank(acc, 0, w, true, false);
-        apply_mask<BN>(acc, a.mask, a.M, a.N, a.scale, thread, row, col);
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) apply_mask<BN>(acc[i], a.mask, a.M, a.N, a.scale, thread, row + 64 * i, col);
         float none[1];
         base<false>(acc, none, w, false, true);
       } else {
@@ -269,15 +285,19 @@ struct Linear {
         }
         rank(acc, own_h, w, false, true);
       }
-      store_tile<T, BN, PANELS>(&maps.y, static_cast<const T*>(a.bias), a.N, acc, panel, w + 1, thread, row, col);
+      const auto store = [&](const float (&part)[BN / 2], int first) {
+        store_tile<T, BN, PANELS>(&maps.y, static_cast<const T*>(a.bias), a.N, part, panel, w + 1, thread, first, col);
+      };
+      store(acc[0], row);  // no loop: around the break in store_tile nvcc 13.0 left one rolled, with the accumulators in local memory
+      if constexpr (kParts == 2) store(acc[1], row + 64);
     }
     if (thread == 0) ptx::tma_wait_all();
   }
 };
 
-template <class T, int BN, bool MN, int RP, bool MASKED, int SLOTS, int PANELS>
+template <class T, int BM, int BN, bool MN, int RP, bool MASKED, int SLOTS, int PANELS>
 __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_constant__ LinearMaps maps, const __grid_constant__ LinearArgs args) {
-  using Kernel = Linear<T, BN, MN, RP, MASKED, SLOTS, PANELS>;
+  using Kernel = Linear<T, BM, BN, MN, RP, MASKED, SLOTS, PANELS>;
   extern __shared__ uint8_t raw[];
   const uint32_t skip = (1024 - (ptx::smem(raw) & 1023)) & 1023, data = ptx::smem(raw) + skip, staging = data + Kernel::Pipe::kDataBytes;
   typename Kernel::Pipe pipe(data, raw + skip + Kernel::Pipe::kDataBytes + Kernel::Smem::kStaging, args.cluster);

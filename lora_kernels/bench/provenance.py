@@ -27,9 +27,12 @@ def _read(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with "+changes" when tracked files other than results differ from it; None outside a checkout."""
-    if not (ROOT / ".git").exists():  # installed elsewhere, perhaps inside somebody else's repository
-        return None
+    """The commit of the checkout, with "+changes" when tracked files other than results differ from it.
+
+    Outside a checkout (installed, or copied to a GPU machine) what LORA_KERNELS_COMMIT says, or None.
+    """
+    if not (ROOT / ".git").exists():  # perhaps inside somebody else's repository
+        return os.environ.get("LORA_KERNELS_COMMIT")
     head = _read("git", "rev-parse", "HEAD")
     changed = _read("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
     return head and head + ("+changes" if changed else "")

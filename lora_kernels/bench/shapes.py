@@ -94,15 +94,18 @@ def cpu() -> tuple[list[Case], list[Case]]:
 
 def gpu() -> tuple[list[Case], list[Case]]:
     """The default on a GPU, within the nine minutes of `make gpu`: Llama-3-8B in depth, the others sampled. Most wanted cases first."""
-    model = "llama-3-8b"
-    linear = _train(model, ("q",), TRAIN_TOKENS, (16, 64)) + _train(model, ("q",), (8192,), (8, 128))
+    model, linear = "llama-3-8b", []
+    for name in ("q", "gate_up", "down"):  # the targets: M = 8192, R = 16 and 64, with and without dropout, both ways and forward alone
+        for mode in ("forward+backward", "forward"):
+            for dropout in (0.0, 0.05):
+                linear += _train(model, (name,), (8192,), (16, 64), mode=mode, dropout=dropout)
+    linear += _train(model, ("q",), TRAIN_TOKENS, (16, 64)) + _train(model, ("q",), (8192,), (8, 128))
     linear += _train(model, ("kv", "gate_up", "down"), (2048, 8192), (16,))
-    linear += _train(model, ("q", "gate_up"), (8192,), (16,), dropout=0.05)
     linear += _train(model, ("q", "down"), (2048, 8192), (16,), mode="forward")
     linear += _train("llama-3-70b", ("q", "kv"), (8192,), (16, 64)) + _train("qwen3-8b", ("gate_up",), (8192,), (16,))
     linear += _train("smollm2-135m", ("gate_up",), (8192,), (16,))
     batched = [_case(model, "q", 64, 16, mode="forward", L=L) for L in (1, 2, 4, 8, 16, 32, 64)]
-    return linear, list(dict.fromkeys(batched + _decode(model, ("q", "gate_up"), DECODE_TOKENS, 16)))
+    return list(dict.fromkeys(linear)), list(dict.fromkeys(batched + _decode(model, ("q", "gate_up"), DECODE_TOKENS, 16)))
 
 
 def full() -> tuple[list[Case], list[Case]]:

@@ -26,7 +26,7 @@ LIMIT = {"bfloat16": 5e-2, "float32": 1e-3}  # relative RMSE of the gradients th
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder: the layer shapes of `model`, few layers, a small vocabulary."""
+    """A decoder: the layer shapes of `model`, few layers, a small vocabulary. A step sees `tokens` tokens in `sequences` of equal length."""
 
     model: str
     hidden: int
@@ -38,11 +38,12 @@ class Model:
     R: int = 16
     dtype: str = "bfloat16"
     steps: int = STEPS
+    sequences: int = 1
 
 
 QUICK = Model("2 layers of smollm2-135m", 576, 1536, 9, 3, layers=2, tokens=256)
 CPU = Model("4 layers of smollm2-135m", 576, 1536, 9, 3, layers=4, tokens=512)
-GPU = Model("2 layers of llama-3-8b", 4096, 14336, 32, 8, layers=2, tokens=8192)
+GPU = Model("2 layers of llama-3-8b", 4096, 14336, 32, 8, layers=2, tokens=8192, sequences=8)  # attention in float64 stores tokens x length
 
 
 def missing() -> str | None:
@@ -101,7 +102,7 @@ def models(spec: Model, device: torch.device) -> dict[str, nn.Module]:
 
 def _batch(spec: Model, device: torch.device, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 1024, (1, spec.tokens), generator=generator).to(device)
+    return torch.randint(0, 1024, (spec.sequences, spec.tokens // spec.sequences), generator=generator).to(device)
 
 
 def _loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

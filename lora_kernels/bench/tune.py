@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +21,7 @@ from ..tuning import store
 from . import provenance, report, shapes
 
 DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
+QUICK = {"size": ["4096x4096", "4096x14336", "14336x4096"], "tokens": [8192], "rank": [16, 64]}  # q, gate_up and down of Llama-3-8B
 
 
 class Target(Protocol):
@@ -46,11 +51,11 @@ class Target(Protocol):
     def unpack(self, data: dict) -> list[dict]: ...
 
 
-def target(device: torch.device) -> Target:
+def target(device: torch.device, quick: bool = False) -> Target:
     if device.type == "cuda":
         from .tune_gpu import GpuTarget
 
-        return GpuTarget(device)
+        return GpuTarget(device, quick)
     from .tune_cpu import CpuTarget
 
     return CpuTarget()
@@ -99,8 +104,25 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, action="append", help="an M to measure; may be repeated")
     parser.add_argument("--rank", type=int, action="append", help="an R to measure; may be repeated")
     parser.add_argument("--ship", action="store_true", help="write into the package (tuning/configs) instead of the user's cache folder")
+    parser.add_argument("--quick", action="store_true", help="GPU: few large problems and Triton tiles")
+    parser.add_argument("--compile", type=int, metavar="N", help="GPU: only compile the Triton candidates, in N processes, and time nothing")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further problem after this time; what was measured is kept")
     parser.add_argument("--again", action="store_true", help="forget what the table holds and measure anew")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quick:
+        for name, default in QUICK.items():
+            setattr(args, name, getattr(args, name) or default)
+    return args
+
+
+def _compile(device: torch.device, quick: bool, jobs: list[dict], processes: int) -> None:
+    """What a later run finds in Triton's cache. For processes started anew: a forked one cannot use CUDA."""
+    from . import tune_gpu
+
+    found = tune_gpu.kinds(jobs)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job, failed in zip(found, pool.map(partial(tune_gpu.compile_kind, device, quick), found), strict=True):
+            print(*(f"{key} {value}" for key, value in job.items()), failed or "compiled", flush=True)
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -115,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     out = report.console()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tuned = target(device)
+    if device.type != "cuda" and (args.quick or args.compile):
+        raise LoraValueError(message("--quick and --compile are for GPUs", device.type, "cuda", "name --size and --tokens instead"))
+    tuned = target(device, args.quick)
     why = tuned.missing()
     if why:
         print(f"lora-kernels tune: nothing to tune on {device.type}: {why}", file=sys.stderr)
@@ -126,12 +150,19 @@ def main(argv: list[str] | None = None) -> int:
     sizes = [_parse_size(text) for text in args.size] if args.size else sizes_of(args.model or list(DEFAULT_MODELS))
     jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))
     todo = [job for job in jobs if not table.has(job)]
+    if args.compile:
+        _compile(device, args.quick, jobs, args.compile)
+        return 0
+    end = time.monotonic() + args.seconds
     out.print(f"{name}: {len(jobs)} problems, {len(jobs) - len(todo)} of them already in {path}")
     where = provenance.collect(device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("measuring", total=len(todo))
         for job in todo:
+            if time.monotonic() > end:
+                out.print(f"out of time: {path} lacks some of it; the same command goes on from here")
+                return 0
             progress.update(task, description=" ".join(f"{key} {value}" for key, value in job.items()))
             outcome = tuned.measure(job)
             table.add({**job, **outcome}, where)

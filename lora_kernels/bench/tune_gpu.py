@@ -1,4 +1,4 @@
-"""The GPU's plans: Triton forms and tiles that fit the device, and cuBLAS + addmm_, each checked against float64 before it is timed."""
+"""The GPU's plans: Triton forms and tiles that fit the device, the CUDA kernels, and cuBLAS + addmm_, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import _device, reference, testing
-from .._errors import BackendError
+from .._errors import BackendError, message
 from ..ops import _registry
 from ..tuning import store
-from ..tuning.plan import FORMS, Plan, Problem, heuristic, tma_arch
-from .problem import SCALING, Operands, count_sets, exact, operands
+from ..tuning.plan import FORMS, Plan, Problem, cuda_plans, heuristic, tma_arch
+from .problem import MAX_SETS, SCALING, Operands, count_sets, exact, operands
 from .shapes import Case
 from .timing import Ratio, quantile, time_cuda
 
-# BM, BN, BK, warps, stages
+# BM, BN, BK, warps, stages; the first QUICK of them for large problems on Hopper
 TILES = (
-    (256, 128, 64, 8, 3),
     (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
     (128, 256, 64, 8, 4),
     (128, 128, 64, 8, 4),
     (128, 128, 64, 4, 4),
@@ -31,6 +31,7 @@ TILES = (
     (64, 128, 64, 4, 5),
     (64, 64, 64, 4, 5),
 )
+QUICK = 4
 MAX_ACCUMULATORS = 128  # fp32 accumulators per thread; above, tiles spill: 128 x 256 wants 8 warps
 
 
@@ -40,31 +41,36 @@ def fits(plan: Plan, problem: Problem, shared_limit: int) -> bool:
     return shared <= shared_limit and plan.block_m * plan.block_n <= MAX_ACCUMULATORS * 32 * plan.warps
 
 
-def candidates(problem: Problem, arch: int, shared_limit: int, cuda: bool) -> list[Plan]:
-    """Distinct plans that can run: the heuristic's first, then cuBLAS, CUDA C++ where it is built, and every Triton form and tile that fits."""
+def candidates(problem: Problem, arch: int, shared_limit: int, cuda: bool, quick: bool = False) -> list[Plan]:
+    """Distinct plans that can run: the heuristic's first, then cuBLAS, the CUDA kernels where they are built, the Triton tiles that fit.
+
+    quick: the few Triton tiles that large problems want, and no pointers where there is TMA.
+    """
     first = heuristic(problem, arch)
-    others = ("torch", "triton", "cuda") if cuda else ("torch", "triton")
-    plans = [replace(first, implementation=name) for name in sorted(others, key=lambda name: name != first.implementation)]
+    plans = [replace(first, implementation=name) for name in sorted(("torch", "triton"), key=lambda name: name != first.implementation)]
+    plans += cuda_plans(problem) if cuda and arch == 90 else []
     for form in FORMS:
         if form != "pointer" and (not tma_arch(arch) or problem.dtype == torch.float32):
             continue
-        if form == "column0" and (problem.R > 64 or problem.dropout):
+        if (form == "column0" and (problem.R > 64 or problem.dropout)) or (form == "pointer" and quick and tma_arch(arch)):
             continue
-        plans += [Plan("triton", form, *tile) for tile in TILES]
+        plans += [Plan("triton", form, *tile) for tile in TILES[: QUICK if quick else None]]
     return list(dict.fromkeys(plan for plan in plans if plan.implementation != "triton" or fits(plan, problem, shared_limit)))
 
 
 def label(plan: Plan) -> str:
-    if plan.implementation != "triton":
-        return plan.implementation
+    if plan.implementation == "torch":
+        return "torch"
+    if plan.implementation == "cuda":
+        return f"cuda {plan.form} {plan.block_m}x{plan.block_n} c{plan.cluster} g{plan.group_m}"
     return f"{plan.form} {plan.block_m}x{plan.block_n}x{plan.block_k} w{plan.warps} s{plan.stages}"
 
 
 class GpuTarget:
     tokens = (64, 256, 1024, 4096, 16384)
 
-    def __init__(self, device: torch.device):
-        self.device = torch.device(device.type, device.index or 0)
+    def __init__(self, device: torch.device, quick: bool = False):
+        self.device, self.quick = torch.device(device.type, device.index or 0), quick
 
     def missing(self) -> str | None:
         if not torch.cuda.is_available():
@@ -95,18 +101,27 @@ class GpuTarget:
         return jobs
 
     def measure(self, job: dict) -> dict:
+        calls, plans, skipped, sets = self.ready(job, cuda=not isinstance(_registry.provider("cuda"), str))
+        if not calls:
+            raise BackendError(message("no plan runs here", "; ".join(f"{name}: {why}" for name, why in skipped.items()), fix="lora-kernels check"))
+        times, _ = time_cuda(calls, sets, budget=0.2)
+        chosen = best(times)
+        us = {name: 1e6 * quantile(seconds, 0.5) for name, seconds in times.items()}
+        return {"plan": asdict(plans[chosen]), "chosen": chosen, "us": us, "skipped": skipped}
+
+    def ready(self, job: dict, cuda: bool, most_sets: int = MAX_SETS) -> tuple[dict[str, Callable], dict[str, Plan], dict[str, str], int]:
+        """Every candidate that compiles, runs and is right: its call over rotating operands, its plan; who is not, and why; how many sets rotate."""
         problem = Problem(job["op"], job["M"], job["N"], job["K"], job["R"], getattr(torch, job["dtype"]), job["dropout"])
         forward = problem.op == "fwd"
         N, K = (problem.N, problem.K) if forward else (problem.K, problem.N)
         case = Case("tune", job["op"], problem.M, K, N, problem.R, mode="forward" if forward else "forward+backward", dtype=job["dtype"])
         case = replace(case, dropout=0.05 if problem.dropout else 0.0)
-        sets = [operands(case, self.device, seed) for seed in range(count_sets(case, self.device))]
+        sets = [operands(case, self.device, seed) for seed in range(min(most_sets, count_sets(case, self.device)))]
         wanted = _Wanted(case, sets[0], problem)
         limit = torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
         major, minor = _device.cuda_capability(self.device.index)
         calls, plans, skipped = {}, {}, {}
-        cuda = not isinstance(_registry.provider("cuda"), str)
-        for plan in candidates(problem, 10 * major + minor, limit, cuda):
+        for plan in candidates(problem, 10 * major + minor, limit, cuda, self.quick):
             name = label(plan)
             try:
                 with mock.patch.object(store, "choose", lambda problem, device, plan=plan: plan):  # what a call is prepared with
@@ -118,10 +133,17 @@ class GpuTarget:
                 skipped[name] = wrong
                 continue
             calls[name], plans[name] = (lambda i, runs=runs: runs[i % len(runs)]()), plan
-        times, _ = time_cuda(calls, len(sets), budget=0.2)
-        chosen = best(times)
-        us = {name: 1e6 * quantile(seconds, 0.5) for name, seconds in times.items()}
-        return {"plan": asdict(plans[chosen]), "chosen": chosen, "us": us, "skipped": skipped}
+        return calls, plans, skipped, len(sets)
+
+
+def kinds(jobs: list[dict]) -> list[dict]:
+    """One job for each set of Triton kernels: they are compiled for op, rank, dtype and dropout, and for sizes that all are multiples of 16."""
+    return list({(job["op"], job["R"], job["dtype"], job["dropout"]): job for job in reversed(jobs)}.values())[::-1]
+
+
+def compile_kind(device: torch.device, quick: bool, job: dict) -> dict[str, str]:
+    """For a process of its own: runs the Triton candidates of a job once, which leaves their kernels in Triton's cache. Returns who failed."""
+    return GpuTarget(device, quick).ready(job, cuda=False, most_sets=1)[2]
 
 
 def best(times: dict[str, list[float]]) -> str:
@@ -154,9 +176,6 @@ def _seed(ops: Operands) -> Tensor:
 
 def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands) -> Callable[[], Tensor]:
     """The call that makes y (or dx), all its launches included, for the plan that `store.choose` now gives."""
-    from ..kernels import lora_linear as triton_ops
-    from ..kernels._launch import on_device
-
     forward, p = problem.op == "fwd", case.dropout
     x, w, a, b, seed = ops.x.detach(), ops.weight, ops.lora_a, ops.lora_b, _seed(ops) if p else None
     if forward:
@@ -166,15 +185,10 @@ def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands) -> Callabl
         args = (ops.dy, x, w, a, b, x.new_empty(case.M, case.R), mask, SCALING, p, True, False, False)
     op = "lora_linear_fwd" if forward else "lora_linear_bwd"
     backend = store.order(op, args, _registry.LADDERS["cuda"])[0]
-    if backend != "triton":
-        refused = _registry.why_not(op, backend, "cuda", args)
-        if refused:
-            raise BackendError(refused)
-        run = _registry.provider(backend).OPS[op][0]
-        return lambda: run(*args)[0]
-    # Not through the op: it remembers what it prepared for these shapes, which is another plan's.
-    if forward:
-        made = triton_ops.Forward(x, w, None, a, b, p)
-        return lambda: on_device(x, made, *args[:6], seed)[0]
-    made = triton_ops.Backward(ops.dy, x, w, a, b, p, True, False, False)
-    return lambda: on_device(x, made, *args[:8])[0]
+    refused = _registry.why_not(op, backend, "cuda", args)
+    if refused:
+        raise BackendError(refused)
+    run = _registry.provider(backend).OPS[op][0]
+    prepare = getattr(run, "prepare", None)  # not through the op: it remembers what it prepared for these shapes, which is another plan's
+    run = (prepare and prepare(*args)) or run
+    return lambda: run(*args)[0]

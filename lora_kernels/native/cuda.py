@@ -2,7 +2,7 @@
 
 Forward: column-0 form (one launch, also gives h) where R <= 64 and no dropout, else shrink and base + rank update (two launches; the
 second starts early and waits just before it needs h). Backward: dx likewise with (x, W, A, B) -> (dy, W^T, B^T, A^T); dA and dB by the
-tall-skinny reductions of the Triton kernels, or torch where Triton is missing.
+tall-skinny reductions of the Triton kernels, or torch where Triton is missing. A measured plan names form, tile and cluster; else `form` does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _device, reference
 from .._errors import BackendError, message
+from ..tuning import store
 
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
 TILE_M, BLOCK_K = 128, 64
@@ -47,6 +48,7 @@ class Form(NamedTuple):
     """How one GEMM [M, N] over K with a rank-R update is launched."""
 
     column0: bool
+    block_m: int
     block_n: int
     cluster: int
     group_m: int = 8
@@ -58,14 +60,22 @@ def form(M: int, N: int, R: int, masked: bool, given_h: bool, sms: int) -> Form:
     cluster = 2 if rows > 1 else 1
     column0 = not masked and not given_h and R <= 64
     if column0 or masked:
-        return Form(column0, 256, cluster)
+        return Form(column0, TILE_M, 256, cluster)
     rows_of_units = -(-rows // cluster)
 
     def cost(block_n: int) -> float:
         waves = -(-rows_of_units * -(-N // block_n) // max(1, sms // cluster))
         return waves * block_n * _COLUMN_COST[block_n]
 
-    return Form(False, min(_COLUMN_COST, key=cost), cluster)
+    return Form(False, TILE_M, min(_COLUMN_COST, key=cost), cluster)
+
+
+def planned(op: str, args: tuple) -> Form | None:
+    """What the plan of this call of an op says, where a table has measured a CUDA kernel for it."""
+    plan = store.choose(*store.problem_of(op, args))
+    if plan.implementation != "cuda":
+        return None
+    return Form(plan.form == "column0", plan.block_m, plan.block_n, plan.cluster, plan.group_m)
 
 
 def split(M: int, K: int, sms: int) -> int:
@@ -145,7 +155,7 @@ def linear(
     if how.column0:
         h = x.new_empty(M, R)
         sync = _sync_buffer(device, stream, _module().cuda_linear_sync_ints(M))
-    flags = (_ELEMENTS[x.dtype], backward, how.column0, mask is not None, dependent, how.block_n, how.cluster, how.group_m)
+    flags = (_ELEMENTS[x.dtype], backward, how.column0, mask is not None, dependent, how.block_m, how.block_n, how.cluster, how.group_m)
     matrices = [v for t in (x, w, a, b, y) for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))]
     _call("cuda_linear", *flags, M, N, K, R, scale, *matrices, _address(bias), _address(h), _address(mask), _address(sync), stream)
     return y, h
@@ -165,38 +175,31 @@ def _adapter(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if _describable(t) else t.clone(memory_format=torch.contiguous_format)
 
 
-def lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
-    """See `reference.lora_linear_fwd`."""
-    if x.shape[0] == 0:
-        return reference.lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+def _forward(how: Form | None, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     with torch.cuda.device(x.device):
         a, b = _adapter(lora_a, x.dtype), _adapter(lora_b, x.dtype)
         mask = x.new_empty((x.shape[0], -(-x.shape[1] // 32)) if dropout_p > 0 else (0,), dtype=torch.int32)
-        if dropout_p > 0 or a.shape[0] > 64:
+        if dropout_p > 0 or a.shape[0] > 64 or (how and not how.column0):
             drop = dict(mask=mask, seed=seed, p=dropout_p) if dropout_p > 0 else {}
             h = shrink(x, a, scaling, backward=False, **drop)
-            y, _ = linear(x, weight, bias, None, b, h, 1.0, backward=False, dependent=True)
+            y, _ = linear(x, weight, bias, None, b, h, 1.0, backward=False, dependent=True, how=how)
         else:
-            y, h = linear(x, weight, bias, a, b, None, scaling, backward=False)
+            y, h = linear(x, weight, bias, a, b, None, scaling, backward=False, how=how)
         return y, h, mask
 
 
-def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
-    """See `reference.lora_linear_bwd`."""
-    if x.shape[0] == 0:
-        args = (dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
-        return reference.lora_linear_bwd(*args)
+def _backward(how: Form | None, dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     with torch.cuda.device(x.device):
         a, b = _adapter(lora_a, x.dtype), _adapter(lora_b, x.dtype)
         mask = mask.contiguous() if dropout_p > 0 else None
         g = None
-        if need_dx and mask is None and a.shape[0] <= 64:
-            dx, g = linear(dy, weight, None, b, a, None, scaling, backward=True)
+        if need_dx and mask is None and a.shape[0] <= 64 and (how is None or how.column0):
+            dx, g = linear(dy, weight, None, b, a, None, scaling, backward=True, how=how)
         elif need_dx or need_da:
             g = shrink(dy, b, scaling, backward=True)
             if need_dx:
-                dx, _ = linear(dy, weight, None, None, a, g, reference.keep_scale(dropout_p), backward=True, mask=mask, dependent=True)
+                dx, _ = linear(dy, weight, None, None, a, g, reference.keep_scale(dropout_p), backward=True, mask=mask, dependent=True, how=how)
         if need_da:
             da = lora_a.new_empty(lora_a.shape)
             _reduce(x, g, mask, dropout_p, da, transposed=True)
@@ -204,6 +207,30 @@ def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, 
             db = lora_b.new_empty(lora_b.shape)
             _reduce(dy, h.contiguous(), None, 0.0, db, transposed=False)
     return dx, da, db
+
+
+def lora_linear_fwd(*args):
+    """See `reference.lora_linear_fwd`."""
+    return reference.lora_linear_fwd(*args) if args[0].shape[0] == 0 else _forward(planned("lora_linear_fwd", args), *args)
+
+
+def lora_linear_bwd(*args):
+    """See `reference.lora_linear_bwd`."""
+    return reference.lora_linear_bwd(*args) if args[0].shape[0] == 0 else _backward(planned("lora_linear_bwd", args), *args)
+
+
+def _prepare_fwd(*args):
+    """`lora_linear_fwd` for every call of this signature, its plan looked up once."""
+    return functools.partial(_forward, planned("lora_linear_fwd", args)) if args[0].shape[0] else None
+
+
+def _prepare_bwd(*args):
+    """`lora_linear_bwd` for every call of this signature, its plan looked up once."""
+    return functools.partial(_backward, planned("lora_linear_bwd", args)) if args[0].shape[0] else None
+
+
+lora_linear_fwd.prepare = _prepare_fwd
+lora_linear_bwd.prepare = _prepare_bwd
 
 
 def _reduce(x: Tensor, g: Tensor, mask: Tensor | None, p: float, out: Tensor, transposed: bool) -> None:
@@ -233,7 +260,7 @@ def _refuses(x: Tensor, weight: Tensor, R: int, described: dict[str, Tensor], bi
     (N, K), M = weight.shape, x.shape[0]
     if N % 8 or K % 8 or R % 8 or R > 256:
         return f"N = {N}, K = {K}, R = {R} (N, K and R must be multiples of 8, R at most 256)"
-    if max(M, N, K) >= 2**31 - 256:
+    if max(M, N, K) >= 2**31 - 512:  # a cluster of two 256-row tiles may start that far past the end
         return f"M = {M}, N = {N}, K = {K} (32-bit indices)"
     for name, t in described.items():
         if not _describable(t):

@@ -8,6 +8,7 @@ import torch
 
 IMPLEMENTATIONS = ("cuda", "triton", "torch")
 FORMS = ("column0", "tma", "pointer")
+CUDA_TILES = ((128, 256), (128, 192), (128, 128), (256, 128))  # BM, BN of csrc/cuda
 
 # One H200: bf16 cuBLAS at 8192^3, and device-to-device copy. The cost model below is in these units.
 FLOPS = 790e12
@@ -24,17 +25,20 @@ ODD_TILE = (64, 64, 32, 4, 2)
 class Plan:
     """How one base GEMM + rank-R update is computed.
 
-    implementation: "triton", "cuda", or "torch" (cuBLAS + in-place addmm_). form: the Triton kernel; "column0" needs no shrink launch.
+    implementation: "triton", "cuda", or "torch" (cuBLAS + in-place addmm_). form: "column0" makes h in the same launch, "tma" and "pointer" take it
+    from a shrink launch before ("cuda" has the first two). cluster: CTAs that share a tile of W ("cuda"). block_k, warps and stages are
+    Triton's to choose; the CUDA kernels have their own, 0 stands for them.
     """
 
     implementation: str
     form: str
     block_m: int
     block_n: int
-    block_k: int
-    warps: int
-    stages: int
+    block_k: int = 0
+    warps: int = 0
+    stages: int = 0
     group_m: int = 8
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,15 @@ class Problem:
     R: int
     dtype: torch.dtype
     dropout: bool = False
+
+
+def cuda_plans(problem: Problem) -> list[Plan]:
+    """Every CUDA kernel for this problem. The column-0 form and the masked dx exist for the widest tile alone."""
+    plans = []
+    for form in ("column0", "tma") if problem.R <= 64 and not problem.dropout else ("tma",):
+        tiles = CUDA_TILES[:1] if form == "column0" or (problem.op == "dx" and problem.dropout) else CUDA_TILES
+        plans += [Plan("cuda", form, *tile, group_m=group_m, cluster=cluster) for tile in tiles for cluster in (2, 1) for group_m in (8, 16)]
+    return plans
 
 
 def tma_arch(arch: int) -> bool:
@@ -88,6 +101,8 @@ def fit(plan: Plan, problem: Problem, regular: bool, rank_regular: bool) -> Plan
     regular: x, W and y are 16-bit with contiguous, 16-byte aligned rows, as TMA and wide loads want; rank_regular: so is the adapter that
     makes h.
     """
+    if plan.implementation == "cuda":  # the call came down from the CUDA kernels, whose tiles are their own
+        plan = heuristic(problem, 90)
     if not regular:
         BM, BN, BK, warps, stages = ODD_TILE
         return replace(plan, form="pointer", block_m=BM, block_n=BN, block_k=BK, warps=warps, stages=stages)

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ import torch
 
 from .. import _device
 from .._errors import LoraValueError, message, warn_once
-from .plan import FORMS, IMPLEMENTATIONS, Plan, Problem, heuristic
+from .plan import FORMS, IMPLEMENTATIONS, Plan, Problem, cuda_plans, heuristic
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "configs"
@@ -43,8 +43,8 @@ def _key(problem: Problem) -> tuple:
     return (problem.op, problem.N, problem.K, problem.R, problem.dtype, problem.dropout)
 
 
-def read_plan(raw: dict) -> Plan:
-    """A Plan from its JSON form, checked."""
+def read_plan(raw: dict, problem: Problem) -> Plan:
+    """The plan of this problem from its JSON form, checked."""
     names = {f.name for f in fields(Plan)}
     if not set(raw) <= names:
         raise LoraValueError(message("tuning table: unknown plan field", sorted(set(raw) - names), ", ".join(sorted(names))))
@@ -52,6 +52,13 @@ def read_plan(raw: dict) -> Plan:
     if plan.implementation not in IMPLEMENTATIONS or plan.form not in FORMS:
         got = f"implementation {plan.implementation!r}, form {plan.form!r}"
         raise LoraValueError(message("tuning table: unknown plan", got, f"{', '.join(IMPLEMENTATIONS)}; {', '.join(FORMS)}"))
+    if plan.implementation == "cuda":
+        exists = replace(plan, group_m=8) in cuda_plans(problem)
+    else:
+        exists = min(plan.block_k, plan.warps, plan.stages) >= 1
+    if not exists or plan.group_m < 1:
+        allowed = "for cuda those of plan.cuda_plans, with any group_m from 1; else numbers from 1"
+        raise LoraValueError(message("tuning table: no kernel does this plan", f"{plan} for {problem}", allowed, "run `lora-kernels tune --again`"))
     return plan
 
 
@@ -69,7 +76,7 @@ def read_table(path: Path, device: str) -> Table:
     for entry in read_entries(path, device):
         dtype = getattr(torch, entry["dtype"])
         problem = Problem(entry["op"], entry["M"], entry["N"], entry["K"], entry["R"], dtype, entry.get("dropout", False))
-        table.setdefault(_key(problem), []).append((problem.M, read_plan(entry["plan"])))
+        table.setdefault(_key(problem), []).append((problem.M, read_plan(entry["plan"], problem)))
     return {key: sorted(rows, key=lambda row: row[0]) for key, rows in table.items()}
 
 

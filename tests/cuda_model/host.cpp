@@ -35,6 +35,7 @@ uint64_t mn_major(int cols, uint32_t address) {
 }
 uint32_t k_major_step() { return KMajor::step; }
 uint32_t mn_major_step(int cols) { return cols == 16 ? MnMajor<16>::step : cols == 32 ? MnMajor<32>::step : MnMajor<256>::step; }
+int host_part_of(int w, int parts, int i) { return part_of(w, parts, i); }
 int host_fragment_row(int thread) { return fragment_row(thread); }
 int host_fragment_column(int thread) { return fragment_column(thread); }
 int host_stmatrix_row(int thread) { return stmatrix_row(thread); }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 
 import pytest
@@ -13,6 +12,7 @@ import lora_kernels as lk
 from lora_kernels import reference
 from lora_kernels.native import cuda
 from lora_kernels.native.cuda import Form
+from lora_kernels.tuning.plan import CUDA_TILES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,12 +94,12 @@ def test_sanitize_every_form():
     for backward in (False, True):
         (x, w, a, b), _ = operands(M, N, K, R, bf16, backward)
         for cluster in (1, 2):
-            _, h = cuda.linear(x, w, None, a, b, None, 1.0, backward, how=Form(True, 256, cluster))
-            for block_n in (256, 192, 128):
-                cuda.linear(x, w, None, None, b, h, 1.0, backward, how=Form(False, block_n, cluster))
+            _, h = cuda.linear(x, w, None, a, b, None, 1.0, backward, how=Form(True, 128, 256, cluster))
+            for tile in CUDA_TILES:
+                cuda.linear(x, w, None, None, b, h, 1.0, backward, how=Form(False, *tile, cluster))
             if backward:
                 mask = reference.dropout_mask(torch.tensor([5], device="cuda"), M, N, 0.3)
-                cuda.linear(x, w, None, None, b, h, 1.4, True, mask=mask, how=Form(False, 256, cluster))
+                cuda.linear(x, w, None, None, b, h, 1.4, True, mask=mask, how=Form(False, 128, 256, cluster))
     run(*problem(300, 520, 1160, 72), 0.1)
     torch.cuda.synchronize()
 
@@ -116,7 +116,7 @@ def test_column0(shape, cluster, backward, dtype):
     (x, w, a, b), (W, A, B) = operands(M, N, K, R, dtype, backward)
     bias = None if backward else randn(N, dtype=dtype)
     poison((M, N), (M, R), dtype=dtype)
-    y, h = cuda.linear(x, w, bias, a, b, None, 0.75, backward, how=Form(True, 256, cluster))
+    y, h = cuda.linear(x, w, bias, a, b, None, 0.75, backward, how=Form(True, 128, 256, cluster))
     exact_h = 0.75 * (x.double() @ A.double())
     exact = x.double() @ W.double() + exact_h @ B.double() + (0 if bias is None else bias.double())
     eager_h = 0.75 * (x @ A)
@@ -127,14 +127,15 @@ def test_column0(shape, cluster, backward, dtype):
 
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "dx"])
-@pytest.mark.parametrize("block_n, cluster", list(itertools.product((256, 192, 128), (1, 2))))
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("tile", CUDA_TILES, ids=lambda tile: "{}x{}".format(*tile))
 @pytest.mark.parametrize("shape", ODD[::2] + WIDE_RANKS, ids=shape_id)
-def test_update(shape, block_n, cluster, backward, dtype):
+def test_update(shape, tile, cluster, backward, dtype):
     M, N, K, R = shape
     (x, w, _, b), (W, _, B) = operands(M, N, K, R, dtype, backward)
     h, bias = randn(M, R, dtype=dtype), None if backward else randn(N, dtype=dtype)
     poison((M, N), dtype=dtype)
-    y, _ = cuda.linear(x, w, bias, None, b, h, 1.0, backward, how=Form(False, block_n, cluster))
+    y, _ = cuda.linear(x, w, bias, None, b, h, 1.0, backward, how=Form(False, *tile, cluster))
     exact = x.double() @ W.double() + h.double() @ B.double() + (0 if bias is None else bias.double())
     check(y, exact, x @ W + h @ B + (0 if bias is None else bias), "y")
 
@@ -146,16 +147,17 @@ def test_masked_dx(shape, cluster):
     p, (x, w, _, b), (W, _, B) = 0.3, *operands(M, N, K, R, bf16, True)
     g, mask = randn(M, R), reference.dropout_mask(torch.tensor([5], device="cuda"), M, N, p)
     poison((M, N))
-    y, _ = cuda.linear(x, w, None, None, b, g, reference.keep_scale(p), True, mask=mask, how=Form(False, 256, cluster))
+    y, _ = cuda.linear(x, w, None, None, b, g, reference.keep_scale(p), True, mask=mask, how=Form(False, 128, 256, cluster))
     keep = reference.unpack_bits(mask, N)
     exact = x.double() @ W.double() + torch.where(keep, (g.double() @ B.double()) * reference.keep_scale(p), 0.0)
     check(y, exact, x @ W + torch.where(keep, (g @ B) * reference.keep_scale(p), 0.0).to(bf16), "dx")
 
 
-@pytest.mark.parametrize("block_n, cluster", list(itertools.product((256, 192, 128), (1, 2))))
-def test_base_product_alone(block_n, cluster):
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("tile", CUDA_TILES, ids=lambda tile: "{}x{}".format(*tile))
+def test_base_product_alone(tile, cluster):
     x, w = randn(300, 520), randn(776, 520, scale=520**-0.5)
-    y, _ = cuda.linear(x, w, None, None, None, None, 1.0, False, how=Form(False, block_n, cluster))
+    y, _ = cuda.linear(x, w, None, None, None, None, 1.0, False, how=Form(False, *tile, cluster))
     check(y, x.double() @ w.double().t(), F.linear(x, w), "y")
 
 
@@ -269,7 +271,7 @@ def test_what_it_refuses():
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_column0_gives_the_same_bits_1000_times(cluster, backward, R):
     (x, w, a, b), _ = operands(2048 + 40, 1544, 1032, R, bf16, backward)
-    how = Form(True, 256, cluster)
+    how = Form(True, 128, 256, cluster)
     first = cuda.linear(x, w, None, a, b, None, 0.5, backward, how=how)
     for _ in range(1000):
         again = cuda.linear(x, w, None, a, b, None, 0.5, backward, how=how)
@@ -343,6 +345,6 @@ def test_two_streams_at_once():
 def test_errors_leave_the_next_call_working():
     x, w, _, a, b, _ = problem(128, 256, 64, 16)
     with pytest.raises(lk.BackendError, match="no such kernel"):
-        cuda.linear(x, w, None, a, b, None, 1.0, False, how=Form(True, 128, 1))
+        cuda.linear(x, w, None, a, b, None, 1.0, False, how=Form(True, 128, 128, 1))
     y, _ = cuda.linear(x, w, None, a, b, None, 1.0, False)
     check(y, x.double() @ w.double().t() + x.double() @ a.double().t() @ b.double().t(), F.linear(x, w) + F.linear(F.linear(x, a), b), "y")

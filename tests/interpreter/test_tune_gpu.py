@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from lora_kernels import _device
 from lora_kernels.bench import tune_gpu
+from lora_kernels.ops import _registry
 
 JOB = {"M": 40, "N": 48, "K": 64, "R": 8, "dtype": "float16"}
 
@@ -17,6 +19,7 @@ JOB = {"M": 40, "N": 48, "K": 64, "R": 8, "dtype": "float16"}
 def target(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=232_448))
     monkeypatch.setattr(_device, "cuda_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_registry, "provider", lambda name: "not here" if name == "cuda" else importlib.import_module(_registry.PROVIDERS[name]))
     monkeypatch.setattr(tune_gpu, "TILES", ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)))
 
     def run_once(calls, sets, budget):
@@ -36,6 +39,16 @@ def test_every_candidate_is_right_under_its_plan(target, op, dropout):
     forms = {"tma", "pointer"} if dropout else {"column0", "tma", "pointer"}
     assert {name.split()[0] for name in outcome["us"]} == {"torch", *forms}
     assert set(outcome["us"].values()) == {1e6}  # what was timed gave finite numbers
+
+
+def test_compiling_a_kind_runs_its_triton_candidates_and_times_nothing(target, monkeypatch):
+    ran = []
+    prepare = tune_gpu._prepare
+    monkeypatch.setattr(tune_gpu, "_prepare", lambda plan, *rest: ran.append(plan) or prepare(plan, *rest))
+    monkeypatch.setattr(tune_gpu, "time_cuda", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(tune_gpu, "GpuTarget", lambda device, quick: target)
+    assert tune_gpu.compile_kind(torch.device("cuda"), True, {**JOB, "op": "fwd", "dropout": False}) == {}
+    assert {plan.form for plan in ran if plan.implementation == "triton"} == {"column0", "tma", "pointer"}
 
 
 def test_wrong_candidate_is_skipped(target, monkeypatch):

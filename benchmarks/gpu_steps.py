@@ -1,0 +1,85 @@
+"""The steps of `make gpu`, in order: what is worth most comes first. Correctness, the targets of the kernels, plans, layers, many adapters, hosts.
+
+Limits are seconds. "{seconds}" or "{minutes}" in a command is replaced by the time that the step has, less a margin to start and to finish in.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SANITIZED = "sanitize"  # tests with this word in their name run under compute-sanitizer
+CUDA_TESTS = "tests/gpu/test_cuda_kernels.py"
+HAS_KERNELS = "from lora_kernels import _C; print(len(_C.cuda_kernels()), 'CUDA kernels')"
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: list[str]
+    limit: int
+    none_is_fine: bool = False  # pytest's "no test selected" (5) counts as skipped
+    beside: bool = False  # runs at the same time as the step before it; never beside a step that takes times
+
+
+def gpu_tests() -> list[str]:
+    """The files that hold tests for a GPU, but for the CUDA kernels' own: collecting the others takes longer than running these."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    found = [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text()]
+    return [name for name in found if name != CUDA_TESTS]
+
+
+def kernel_names() -> list[str]:
+    """Our kernels, Triton and CUDA: a sanitizer checks these and lets PyTorch's run at full speed."""
+    sources = [*(ROOT / "lora_kernels" / "kernels").glob("*.py"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
+    return sorted({name for path in sources for name in re.findall(r"(?:def |\) )(\w+_kernel)\(", path.read_text())})
+
+
+def sanitizer_steps(python: str, tests: list[str]) -> list[Step]:
+    places = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+    tool_path = next(filter(None, map(shutil.which, places)), None)
+    if tool_path is None:  # a gap in the results, to be seen in them
+        return [Step("sanitizers", [python, "-c", f"raise SystemExit('none of {', '.join(places)} is here')"], 140, beside=True)]
+    only = [word for name in kernel_names() for word in ("--kernel-name", f"kns={name}")]
+    options = ["--target-processes", "application-only", "--error-exitcode", "86", "--num-cuda-barriers", "64", *only]
+    tools = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "synccheck": []}  # calls that PyTorch tries and does without are no errors
+    return [
+        Step(tool, [tool_path, "--tool", tool, *own, *options, *tests, "-k", SANITIZED, "tests/gpu"], 140, none_is_fine=True, beside=True)
+        for tool, own in tools.items()
+    ]
+
+
+def steps(python: str, out: Path, results: Path, wheels: Path | None) -> list[Step]:
+    """16 processes of tests and sanitizers fill 16 cores: most of the tests' time goes to Triton's compiler."""
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--durations=12", "--continue-on-collection-errors", "-m", "gpu"]
+    ours = [python, "-m", "lora_kernels"]
+    tune = [*ours, "tune", "--device", "cuda", "--quick"]
+    bench = [*ours, "bench", "--device", "cuda", "--out", str(results), "--minutes", "{minutes}"]
+    batched = [python, "benchmarks/bench_batched.py", "--device", "cuda", "--rounds", "20", "--seconds", "{seconds}", "--json"]
+    host = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_host_overhead.py", "--benchmark-columns=min,median"]
+    found = []
+    if wheels is not None:
+        names = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
+        options = ["--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(out / "site")]
+        found.append(Step("wheels", [python, "-m", "pip", "install", "-q", *options, *names], 8))
+    return [
+        *found,
+        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 66),
+        Step("plans-compile", [*tune, "--compile", "8"], 66, beside=True),
+        Step("native", [python, "-c", HAS_KERNELS], 15),  # setup.py ends well without a module, and its tests would skip
+        Step("env", [*ours, "env"], 15, beside=True),
+        Step("cuda-tests", [*tests, "-n", "4", CUDA_TESTS], 140, none_is_fine=True),
+        Step("tests", [*tests, "-n", "9", *gpu_tests()], 140, none_is_fine=True, beside=True),
+        *sanitizer_steps(python, tests),
+        Step("cuda-forms", [python, "benchmarks/cuda_forms.py", "--seconds", "{seconds}"], 35),
+        Step("plans", [*tune, "--seconds", "{seconds}"], 56),
+        Step("layers", [*bench, "--suite", "linear"], 82),
+        Step("batched", [*batched, str(results / "batched_grid.json")], 42),
+        Step("passes", [python, "benchmarks/rank_passes.py"], 14),
+        Step("host", [*host, f"--benchmark-json={results / 'host.json'}"], 16),
+        Step("batched-none", [*batched, str(results / "batched_none.json"), "--none", "--quick"], 12),
+        Step("training", [*bench, "--suite", "steps", "--suite", "batched"], 34),
+    ]

@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | gpu | oracles | sanitize | readme-figures | clean. Each makes its own .venv from the lock the first time.
+# make demo | test | lint | bench | gpu | oracles | sanitize | emulate | readme-figures | clean. Each makes its own .venv from the lock the first time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench gpu oracles sanitize readme-figures lint format clean
+.PHONY: demo test bench gpu oracles sanitize emulate readme-figures lint format clean
 .DEFAULT_GOAL := test
 
 # ---- environment ----------------------------------------------------------------------------------------------------------
@@ -50,6 +50,11 @@ oracles: $(VENV)/.ready
 
 sanitize: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/sanitize/run.sh
+
+# The AVX-512 kernels on a CPU without AVX-512: their tests, on emulated instructions (Debian's libsimde-dev), in about 10 minutes.
+emulate: $(VENV)/.deps
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/emulate/build.py
+	PYTHONPATH=build/emulate $(BIN)/pytest -q -n 2 -k avx512 tests/test_native_cpu.py tests/test_native_cpu_batched.py tests/test_native_cpu_batched_ops.py
 
 # ---- upkeep ---------------------------------------------------------------------------------------------------------------
 

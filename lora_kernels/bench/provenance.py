@@ -72,7 +72,7 @@ def collect(device: torch.device) -> dict:
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {**versions, "cuda": torch.version.cuda},
+        "versions": {**versions, "torch": torch.__version__, "cuda": torch.version.cuda},
         "device": {"type": device.type, "name": device_name(device)},
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),

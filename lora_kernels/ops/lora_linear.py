@@ -128,7 +128,7 @@ class _LoraLinear(torch.autograd.Function):
         scaling, dropout_p, seed, backend, strict, run = call  # in one argument: each costs apply 0.1 us
         if run is None:
             y, h, mask = _fwd(_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict)
-            y = y.view(*x.shape[:-1], y.shape[1])
+            y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
         else:
             y, h, mask = run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
         ctx.save_for_backward(x, weight, lora_a, lora_b, h, mask)
@@ -158,7 +158,7 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     shown = signature(dy, x, weight, lora_a, lora_b, h, mask) if unobserved() else None
     if shown is None or dy.is_neg():
         dx, da, db = _bwd(_rows(dy), _rows(x), *args, backend, strict)
-        return dx.view(x.shape) if need_dx else dx, da, db
+        return dx.view(x.shape) if need_dx and x.dim() != 2 else dx, da, db
     key = (shown, dropout_p, need_dx, need_da, need_db, backend, strict, *_device.env_state())
     run = _backward_runs.get(key)
     if run is None:

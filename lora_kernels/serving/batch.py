@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Current(threading.local):
     """The batch that is running in this thread. Every thread has its own, so threads serve different batches on one model."""
 
-    batch: Batch | None = None
+    def __init__(self) -> None:  # once per thread; torch 2.11's compiler would take a default on the class for the value
+        self.batch: Batch | None = None
 
 
 class Batch:

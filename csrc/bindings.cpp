@@ -1,128 +1,151 @@
-// The only file that knows Python. Pointers come as integers (tensor.data_ptr()), leading dimensions in elements, dtypes as lk::Dtype numbers.
-#include <pybind11/pybind11.h>
+// Only the files bindings*.cpp know Python. Tensors come as they are (None where there is none); strides, sizes and dtypes are read from them.
 #include <pybind11/stl.h>
 
-#include "cpu/engine.h"
+#include <algorithm>
+
+#include "bindings_tensor.h"
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Ptr = uintptr_t;
-template <class T = void>
-T* ptr(Ptr p) {
-  return reinterpret_cast<T*>(p);
-}
-lk::In in(Ptr p, int64_t ld) { return {ptr(p), ld}; }
-lk::Out out(Ptr p, int64_t ld) { return {ptr(p), ld}; }
-lk::Dtype dtype(int t) { return static_cast<lk::Dtype>(t); }
+using lk::Operand;
+using Tensor = py::handle;
+using Tensors = std::vector<py::handle>;
+using NoGil = py::gil_scoped_release;
 
-void cpu_linear_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr x,
-                    int64_t ldx, Ptr w, int64_t ldw, Ptr bias, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr seed, Ptr y, Ptr h,
-                    Ptr mask) {
-  const lk::Problem p{M,
-                      N,
-                      K,
-                      dtype(type),
-                      {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R},
-                      static_cast<float>(scaling),
-                      threshold,
-                      threads,
-                      static_cast<lk::Form>(form)};
-  lk::lora_linear_fwd(p, {in(x, ldx), in(w, ldw), ptr(bias), ptr<const int64_t>(seed), out(y, N), out(h, R), ptr<uint32_t>(mask)});
+lk::Problem problem(int form, int threads, double scaling, uint32_t threshold, const Operand& x, const Operand& w, const Operand& a,
+                    const Operand& b) {
+  return {x.rows(),
+          w.size(0),
+          x.cols(),
+          x.type(),
+          {a.in(), b.in(), a.type(), b.type(), a.size(0)},
+          static_cast<float>(scaling),
+          threshold,
+          threads,
+          static_cast<lk::Form>(form)};
 }
 
-void cpu_linear_bwd(int64_t M, int64_t N, int64_t K, int64_t R, int type, int form, int threads, double scaling, uint32_t threshold, Ptr dy,
-                    int64_t lddy, Ptr x, int64_t ldx, Ptr w, int64_t ldw, Ptr a, int64_t lda, int a_type, Ptr b, int64_t ldb, int b_type, Ptr h,
-                    int64_t ldh, Ptr mask, Ptr g, Ptr dx, Ptr d_a, Ptr d_b) {
-  const lk::Problem p{M,
-                      N,
-                      K,
-                      dtype(type),
-                      {in(a, lda), in(b, ldb), dtype(a_type), dtype(b_type), R},
-                      static_cast<float>(scaling),
-                      threshold,
-                      threads,
-                      static_cast<lk::Form>(form)};
-  lk::lora_linear_bwd(p,
-                      {in(dy, lddy), in(x, ldx), in(w, ldw), in(h, ldh), ptr<const uint32_t>(mask), out(g, R), out(dx, K), out(d_a, K), out(d_b, R)});
+// h: [M, R], or None where nobody will want it.
+void cpu_linear_fwd(int form, int threads, double scaling, uint32_t threshold, Tensor x_, Tensor w_, Tensor bias_, Tensor a_, Tensor b_, Tensor seed_,
+                    Tensor y_, Tensor h_, Tensor mask_) {
+  const Operand x(x_), w(w_), bias(bias_), a(a_), b(b_), seed(seed_), y(y_), h(h_), mask(mask_);
+  const lk::Problem p = problem(form, threads, scaling, threshold, x, w, a, b);
+  const NoGil release;
+  const lk::Scratch own(h ? 0 : static_cast<size_t>(p.M * p.adapter.R) * sizeof(float));
+  const lk::Out kept = h ? h.out() : lk::Out{own.as<void>(), p.adapter.R};
+  lk::lora_linear_fwd(p, {x.in(), w.in(), bias.p<>(), seed.p<const int64_t>(), y.out(), kept, mask.p<uint32_t>()});
 }
 
-void cpu_dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, Ptr mask, int threads) {
-  lk::dropout_mask(seed, threshold, M, K, ptr<uint32_t>(mask), threads);
+// g: [M, R], wanted by the form "torch" alone; dx, d_a, d_b: None where not needed.
+void cpu_linear_bwd(int form, int threads, double scaling, uint32_t threshold, Tensor dy_, Tensor x_, Tensor w_, Tensor a_, Tensor b_, Tensor h_,
+                    Tensor mask_, Tensor g_, Tensor dx_, Tensor d_a_, Tensor d_b_) {
+  const Operand dy(dy_), x(x_), w(w_), a(a_), b(b_), h(h_), mask(mask_), g(g_), dx(dx_), d_a(d_a_), d_b(d_b_);
+  const lk::Problem p = problem(form, threads, scaling, threshold, x, w, a, b);
+  const NoGil release;
+  lk::lora_linear_bwd(p, {dy.in(), x.in(), w.in(), h.in(), mask.p<const uint32_t>(), g.out(), dx.out(), d_a.out(), d_b.out()});
 }
 
-void cpu_batched_fwd(int64_t M, int64_t N, int64_t K, int64_t R, int64_t L, int type, int form, int threads, Ptr x, int64_t ldx, Ptr w, int64_t ldw,
-                     Ptr bias, Ptr pool_a, int64_t a_stride, int64_t lda, int a_type, Ptr pool_b, int64_t b_stride, int64_t ldb, int b_type,
-                     int64_t packed_slice, Ptr ids, Ptr ranks, Ptr scalings, Ptr dropout_p, Ptr mask, Ptr y, int64_t ldy, Ptr h) {
-  lk::lora_batched_fwd({M,
-                        N,
-                        K,
-                        R,
-                        L,
-                        dtype(type),
-                        dtype(a_type),
-                        dtype(b_type),
-                        in(x, ldx),
-                        in(w, ldw),
-                        ptr(bias),
-                        ptr(pool_a),
-                        ptr(pool_b),
-                        a_stride,
-                        lda,
-                        b_stride,
-                        ldb,
-                        packed_slice,
-                        ptr<const int32_t>(ids),
-                        ptr<const int32_t>(ranks),
-                        ptr<const float>(scalings),
-                        ptr<const float>(dropout_p),
-                        ptr<const uint32_t>(mask),
-                        out(y, ldy),
-                        out(h, R),
-                        threads,
-                        static_cast<lk::Form>(form)});
+void cpu_dropout_mask(uint64_t seed, uint32_t threshold, int64_t K, Tensor mask_, int threads) {
+  const Operand mask(mask_);
+  const NoGil release;
+  lk::dropout_mask(seed, threshold, mask.size(0), K, mask.p<uint32_t>(), threads);
 }
 
-void cpu_shrink(int64_t M, int64_t K, int64_t R, int64_t L, int type, int threads, Ptr x, int64_t ldx, Ptr pool_a, int64_t a_stride, int64_t lda,
-                int a_type, int64_t packed_slice, Ptr ids, Ptr ranks, Ptr scalings, Ptr h) {
+// What the many-adapter ops share: slice number `slice` of them; with `packed` all slices lie in pool_a, behind each other at the true rank.
+lk::Batched batched(int threads, int64_t slice, bool packed, const Operand& ids, const Operand& ranks, const Operand& scalings) {
   lk::Batched b{};
-  b.M = M, b.K = K, b.R = R, b.L = L, b.type = dtype(type), b.threads = threads, b.x = in(x, ldx);
-  b.pool_a = ptr(pool_a), b.a_stride = a_stride, b.lda = lda, b.a_type = dtype(a_type), b.packed_slice = packed_slice;
-  b.ids = ptr<const int32_t>(ids), b.ranks = ptr<const int32_t>(ranks), b.scalings = ptr<const float>(scalings);
-  lk::lora_shrink(b, ptr<float>(h));
+  b.threads = threads, b.packed_slice = packed ? slice : 0;
+  b.ids = ids.p<const int32_t>(), b.ranks = ranks.row<int32_t>(slice), b.scalings = scalings.row<float>(slice);
+  return b;
 }
 
-void cpu_expand(int64_t M, int64_t N, int64_t R, int64_t L, int type, int threads, Ptr y, int64_t ldy, Ptr h, int64_t ldh, int h_type, Ptr pool_b,
-                int64_t b_stride, int64_t ldb, int b_type, Ptr ids, Ptr ranks) {
-  lk::Batched b{};
-  b.M = M, b.N = N, b.R = R, b.L = L, b.type = dtype(type), b.threads = threads, b.y = out(y, ldy);
-  b.pool_b = ptr(pool_b), b.b_stride = b_stride, b.ldb = ldb, b.b_type = dtype(b_type);
-  b.ids = ptr<const int32_t>(ids), b.ranks = ptr<const int32_t>(ranks);
-  lk::lora_expand(b, in(h, ldh), dtype(h_type));
+void take_x(lk::Batched& b, const Operand& x) { b.M = x.rows(), b.K = x.cols(), b.type = x.type(), b.x = x.in(); }
+void take_a(lk::Batched& b, const Operand& a) {
+  b.L = a.size(0), b.pool_a = a.p<>(), b.a_stride = a.stride(0), b.lda = a.stride(1), b.a_type = a.type();
+}
+void take_b(lk::Batched& b, const Operand& pool) {
+  b.L = pool.size(0), b.N = pool.size(1), b.R = pool.size(2);
+  b.pool_b = pool.p<>(), b.b_stride = pool.stride(0), b.ldb = pool.stride(1), b.b_type = pool.type();
+}
+// Columns of y from `column` on, and matrix `slice` of h [S, M, R].
+lk::Out columns(const Operand& y, int64_t column) { return {y.p<char>() + column * y.item(), y.ld()}; }
+lk::Out plane(const Operand& h, int64_t slice) { return {h.p<char>() + slice * h.stride(0) * h.item(), h.stride(1)}; }
+
+// h: [S, M, R], or None where nobody will want it.
+void cpu_batched_fwd(int form, int threads, int64_t slice, bool packed, int64_t column, Tensor x_, Tensor w_, Tensor bias_, Tensor pool_a_,
+                     Tensor pool_b_, Tensor ids_, Tensor ranks_, Tensor scalings_, Tensor dropout_p_, Tensor mask_, Tensor y_, Tensor h_) {
+  const Operand x(x_), w(w_), bias(bias_), pool_a(pool_a_), pool_b(pool_b_), ids(ids_), ranks(ranks_), scalings(scalings_), dropout_p(dropout_p_);
+  const Operand mask(mask_), y(y_), h(h_);
+  lk::Batched b = batched(threads, slice, packed, ids, ranks, scalings);
+  take_x(b, x), take_a(b, pool_a), take_b(b, pool_b);
+  const int64_t first = w.size(0) == b.N ? 0 : column;  // w and bias of this slice, or of all slices stacked
+  b.w = {w.p<char>() + first * w.ld() * w.item(), w.ld()}, b.bias = bias ? bias.p<char>() + first * bias.item() : nullptr;
+  b.dropout_p = dropout_p.p<const float>(), b.mask = mask.p<const uint32_t>();
+  b.y = columns(y, column), b.form = static_cast<lk::Form>(form);
+  const NoGil release;
+  const lk::Scratch own(h ? 0 : static_cast<size_t>(b.M * b.R) * sizeof(float));
+  b.h = h ? plane(h, slice) : lk::Out{own.as<void>(), b.R};
+  lk::lora_batched_fwd(b);
 }
 
-// N, w, ldw, pool_a, its two strides and type, pool_b, its two strides and type, ranks, scalings, h, dy, d_a, d_b
-using Slice = std::tuple<int64_t, Ptr, int64_t, Ptr, int64_t, int64_t, int, Ptr, int64_t, int64_t, int, Ptr, Ptr, Ptr, Ptr, Ptr, Ptr>;
-void cpu_batched_bwd(int64_t M, int64_t K, int64_t R, int64_t L, int type, int threads, Ptr x, int64_t ldx, int64_t lddy, Ptr ids, Ptr dropout_p,
-                     Ptr mask, Ptr dx, const std::vector<Slice>& slices) {
-  std::vector<lk::Batched> parts;
+// h: float32 [S, M, R], zero.
+void cpu_shrink(int threads, int64_t slice, bool packed, Tensor x_, Tensor pool_a_, Tensor ids_, Tensor ranks_, Tensor scalings_, Tensor h_) {
+  const Operand x(x_), pool_a(pool_a_), ids(ids_), ranks(ranks_), scalings(scalings_), h(h_);
+  lk::Batched b = batched(threads, slice, packed, ids, ranks, scalings);
+  take_x(b, x), take_a(b, pool_a);
+  b.R = h.size(2);
+  const NoGil release;
+  lk::lora_shrink(b, static_cast<float*>(plane(h, slice).p));
+}
+
+void cpu_expand(int threads, int64_t slice, int64_t column, Tensor y_, Tensor h_, Tensor pool_b_, Tensor ids_, Tensor ranks_) {
+  const Operand y(y_), h(h_), pool_b(pool_b_), ids(ids_), ranks(ranks_);
+  lk::Batched b = batched(threads, slice, false, ids, ranks, Operand(py::none()));
+  take_b(b, pool_b);
+  b.M = y.rows(), b.type = y.type(), b.y = columns(y, column);
+  const lk::Out from = plane(h, slice);
+  const NoGil release;
+  lk::lora_expand(b, {from.p, from.ld}, h.type());
+}
+
+// dx: None where not needed. das and dbs: one per slice, zero, or empty.
+void cpu_batched_bwd(int threads, Tensor dy_, Tensor x_, const Tensors& weights, const Tensors& pools_a, const Tensors& pools_b, Tensor h_,
+                     Tensor mask_, Tensor ids_, Tensor ranks_, Tensor scalings_, Tensor dropout_p_, Tensor dx_, const Tensors& das,
+                     const Tensors& dbs) {
+  const Operand dy(dy_), x(x_), h(h_), mask(mask_), ids(ids_), ranks(ranks_), scalings(scalings_), dropout_p(dropout_p_), dx(dx_);
+  std::vector<lk::Batched> slices;
   std::vector<lk::BatchedGrads> grads;
-  for (const auto& [N, w, ldw, a, a_stride, lda, a_type, b, b_stride, ldb, b_type, ranks, scalings, h, dy, d_a, d_b] : slices) {
-    lk::Batched p{};
-    p.M = M, p.N = N, p.K = K, p.R = R, p.L = L, p.type = dtype(type), p.threads = threads, p.x = in(x, ldx), p.w = in(w, ldw);
-    p.pool_a = ptr(a), p.a_stride = a_stride, p.lda = lda, p.a_type = dtype(a_type), p.pool_b = ptr(b), p.b_stride = b_stride, p.ldb = ldb;
-    p.b_type = dtype(b_type), p.ids = ptr<const int32_t>(ids), p.ranks = ptr<const int32_t>(ranks), p.scalings = ptr<const float>(scalings);
-    p.dropout_p = ptr<const float>(dropout_p), p.mask = ptr<const uint32_t>(mask), p.h = out(h, R);
-    parts.push_back(p);
-    grads.push_back({in(dy, lddy), ptr(d_a), ptr(d_b)});
+  int64_t column = 0;
+  for (size_t i = 0; i < weights.size(); i++) {
+    const Operand w(weights[i]), a(pools_a[i]), pool(pools_b[i]);
+    lk::Batched b = batched(threads, static_cast<int64_t>(i), false, ids, ranks, scalings);
+    take_x(b, x), take_a(b, a), take_b(b, pool);
+    b.w = w.in(), b.dropout_p = dropout_p.p<const float>(), b.mask = mask.p<const uint32_t>(), b.h = plane(h, static_cast<int64_t>(i));
+    const lk::Out part = columns(dy, column);
+    grads.push_back({{part.p, part.ld}, das.empty() ? nullptr : Operand(das[i]).p<>(), dbs.empty() ? nullptr : Operand(dbs[i]).p<>()});
+    slices.push_back(b);
+    column += b.N;
   }
-  lk::lora_batched_bwd(parts, grads, out(dx, K));
+  const NoGil release;
+  lk::lora_batched_bwd(slices, grads, dx.out());
 }
 
-void cpu_batched_mask(uint64_t seed, int64_t M, int64_t K, int64_t L, Ptr ids, Ptr dropout_p, Ptr mask, int threads) {
-  lk::batched_mask(seed, M, K, L, ptr<const int32_t>(ids), ptr<const float>(dropout_p), ptr<uint32_t>(mask), threads);
+void cpu_batched_mask(uint64_t seed, int64_t K, Tensor ids_, Tensor dropout_p_, Tensor mask_, int threads) {
+  const Operand ids(ids_), dropout_p(dropout_p_), mask(mask_);
+  const NoGil release;
+  lk::batched_mask(seed, ids.size(0), K, dropout_p.size(0), ids.p<const int32_t>(), dropout_p.p<const float>(), mask.p<uint32_t>(), threads);
+}
+
+// Least and largest value of contiguous int32, at least one.
+std::pair<int32_t, int32_t> cpu_int_range(Tensor t_) {
+  const Operand t(t_);
+  const auto* p = t.p<const int32_t>();
+  const auto [low, high] = std::minmax_element(p, p + t.rows() * t.cols());
+  return {*low, *high};
 }
 
 }  // namespace
@@ -132,15 +155,16 @@ void bind_cuda(py::module_& m);  // csrc/cuda
 #endif
 
 PYBIND11_MODULE(_C, m) {
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("cpu_linear_fwd", &cpu_linear_fwd, no_gil);
-  m.def("cpu_linear_bwd", &cpu_linear_bwd, no_gil);
-  m.def("cpu_dropout_mask", &cpu_dropout_mask, no_gil);
-  m.def("cpu_batched_fwd", &cpu_batched_fwd, no_gil);
-  m.def("cpu_batched_bwd", &cpu_batched_bwd, no_gil);
-  m.def("cpu_shrink", &cpu_shrink, no_gil);
-  m.def("cpu_expand", &cpu_expand, no_gil);
-  m.def("cpu_batched_mask", &cpu_batched_mask, no_gil);
+  if (!bind_tensors(m.ptr())) throw py::error_already_set();
+  m.def("cpu_linear_fwd", &cpu_linear_fwd);
+  m.def("cpu_linear_bwd", &cpu_linear_bwd);
+  m.def("cpu_dropout_mask", &cpu_dropout_mask);
+  m.def("cpu_batched_fwd", &cpu_batched_fwd);
+  m.def("cpu_batched_bwd", &cpu_batched_bwd);
+  m.def("cpu_shrink", &cpu_shrink);
+  m.def("cpu_expand", &cpu_expand);
+  m.def("cpu_batched_mask", &cpu_batched_mask);
+  m.def("cpu_int_range", &cpu_int_range);
   m.def("cpu_isas", &lk::isas);
   m.def("cpu_isa", [] { return std::string(lk::kernels().name); });
   m.def("cpu_use_isa", &lk::use_isa);

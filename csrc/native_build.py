@@ -85,11 +85,11 @@ def cuda_part(build_dir: Path) -> Part | None:
     return module.part(build_dir)
 
 
-def bindings(defines: list[str]) -> Unit:
+def bindings(defines: list[str]) -> list[Unit]:
     import pybind11
 
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", f"-I{CSRC}"]
-    return Unit(CSRC / "bindings.cpp", cxx_command(*includes, *defines, "-O2"))
+    return [Unit(source, cxx_command(*includes, *defines, "-O2")) for source in sorted(CSRC.glob("bindings*.cpp"))]
 
 
 def ninja() -> str:
@@ -129,7 +129,7 @@ def build(target: Path, build_dir: Path) -> None:
     build_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     parts = [p for p in (cpu_part(), cuda_part(build_dir)) if p is not None]
-    units = [unit for part in parts for unit in part.units] + [bindings([d for part in parts for d in part.defines])]
+    units = [unit for part in parts for unit in part.units] + bindings([d for part in parts for d in part.defines])
     write_ninja(units, [flag for part in parts for flag in part.link], target, build_dir)
     run = subprocess.run([ninja(), "-C", str(build_dir)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout)

@@ -74,12 +74,3 @@ def row(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if t.stride(-1) != 1:
         t = t.contiguous()
     return t if t.dim() == 2 else t.unsqueeze(0)
-
-
-def check_ranks(op: str, ranks: Tensor | None, R: int) -> None:
-    """Every rank from 0 to R; read on a CPU only, where that costs no wait."""
-    if ranks is None or ranks.device.type != "cpu" or torch.compiler.is_compiling() or ranks.numel() == 0:
-        return
-    low, high = (int(v) for v in ranks.aminmax())
-    if low < 0 or high > R:
-        raise LoraValueError(message(f"{op}: a true rank outside the pool", f"ranks from {low} to {high}", f"0 to {R}"))

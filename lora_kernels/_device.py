@@ -33,13 +33,14 @@ def env_strict() -> bool:
     return env_flag("LORA_KERNELS_STRICT")
 
 
-_VARIABLES = tuple(os.environ.encodekey(name) for name in ("LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT"))
+_NAMES = ("LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT", "LORA_KERNELS_BATCH_INVARIANT")
+_BACKEND, _STRICT, _BATCH_INVARIANT = map(os.environ.encodekey, _NAMES)
 
 
 def env_state() -> tuple:
-    """The two variables as they are, for a cache key: os.environ's own dict, as its checked look-up is slow for an unset name."""
+    """The variables that decide how a call runs, for a cache key: from os.environ's own dict, as its checked look-up is slow for unset names."""
     values = os.environ._data
-    return values.get(_VARIABLES[0]), values.get(_VARIABLES[1])
+    return values.get(_BACKEND), values.get(_STRICT), values.get(_BATCH_INVARIANT)
 
 
 @functools.cache

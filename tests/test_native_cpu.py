@@ -105,7 +105,7 @@ def test_mask_is_the_references(isa):
     for M, K, p in [(1, 1, 0.5), (3, 31, 0.1), (5, 32, 0.5), (7, 33, 0.999), (4, 577, 0.05), (2, 2048, 1.0)]:
         expected = reference.dropout_mask(seed, M, K, p)
         mask = torch.full_like(expected, -1)
-        cpu._C.cpu_dropout_mask(seed.item(), reference.drop_threshold(p), M, K, mask.data_ptr(), 2)
+        cpu._C.cpu_dropout_mask(seed.item(), reference.drop_threshold(p), K, mask, 2)
         assert torch.equal(mask, expected)
     c = Case.random(9, 20, 77, 4, dropout_p=0.4)
     args = (c.x, c.weight, None, c.lora_a, c.lora_b, 1.0, 0.4, seed)

@@ -8,6 +8,7 @@ remembered descriptors and a constant tail straight to the compiled kernel's C l
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -125,6 +126,21 @@ def on_device(tensor: Tensor, run: Callable, *args: Any) -> Any:
         return run(torch._C._cuda_getCurrentRawStream(index), *args)
     with torch.cuda.device(index):
         return run(torch._C._cuda_getCurrentRawStream(index), *args)
+
+
+def guarded(device: torch.device, run: Callable) -> Callable:
+    """`run(stream, ...)` as a function of the rest, for tensors on this device: `on_device` for calls whose device is known beforehand."""
+    if device.type != "cuda":
+        return functools.partial(run, 0)
+    index, current, stream = device.index, torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+    def call(*args: Any) -> Any:
+        if current() == index:
+            return run(stream(index), *args)
+        with torch.cuda.device(index):
+            return run(stream(index), *args)
+
+    return call
 
 
 def precision(dtype: torch.dtype) -> str:

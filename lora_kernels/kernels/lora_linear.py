@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _device, reference
 from ..tuning import store
 from ..tuning.plan import POINTER_TILE, Plan, Problem, fit
-from ._launch import on_device, regular
+from ._launch import guarded, on_device, regular
 from .column0 import Column0
 from .shrink import Shrink
 from .tall_skinny import TallSkinny
@@ -69,10 +69,13 @@ class Forward:
         if not self.torch_gemm:
             self.update = Update(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t(), y)
 
-    def __call__(self, stream: int, x, weight, bias, lora_a, lora_b, scaling, seed) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, stream: int, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed) -> tuple[Tensor, Tensor, Tensor]:
         h = x.new_empty(*self.h_shape)  # unpacked: cheaper than a tuple
         mask = x.new_empty(*self.mask_shape, dtype=torch.int32) if self.mask_shape else self.no_mask
-        lora_a, lora_b = _cast(lora_a, x, self.cast_a), _cast(lora_b, x, self.cast_b)
+        if self.cast_a:
+            lora_a = _cast(lora_a, x, True)
+        if self.cast_b:
+            lora_b = _cast(lora_b, x, True)
         if self.column0 is not None:
             y = x.new_empty(*self.y_shape)
             self.column0(stream, x, weight, bias, lora_a, lora_b, y, h, scaling)
@@ -114,7 +117,7 @@ class Backward:
         self.da = TallSkinny(x, R, transposed=True, dropout_p=dropout_p) if need_da else None
         self.db = TallSkinny(dy, R, transposed=False) if need_db else None
 
-    def __call__(self, stream: int, dy, x, weight, lora_a, lora_b, h, mask, scaling) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, stream: int, dy, x, weight, lora_a, lora_b, h, mask, scaling, *_) -> tuple[Tensor, Tensor, Tensor]:
         dx, da, db = self.unneeded
         g = dy.new_empty(self.g_shape)
         a, b = _cast(lora_a, x, self.cast_a), _cast(lora_b, x, self.cast_b)
@@ -145,7 +148,7 @@ def lora_linear_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     key = (x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, lora_a.stride(), lora_a.dtype, lora_b.shape)
     key += (lora_b.stride(), lora_b.dtype, dropout_p, _alignment(x, weight, bias, lora_a, lora_b), _tf32(x))
     forward = _forwards.get(key) or _put(_forwards, key, Forward(x, weight, bias, lora_a, lora_b, dropout_p))
-    return on_device(x, forward, x, weight, bias, lora_a, lora_b, scaling, seed)
+    return on_device(x, forward, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
 
 
 def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
@@ -170,16 +173,14 @@ def _prepare_fwd(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     """`lora_linear_fwd` for every call of this signature, without looking it up again; None where addresses or settings matter too."""
     if x.shape[0] == 0 or not regular(x) or _alignment(x, weight, bias, lora_a, lora_b) or (bias is not None and not bias.is_contiguous()):
         return None
-    forward = Forward(x, weight, bias, lora_a, lora_b, dropout_p)
-    return lambda x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed: on_device(x, forward, x, weight, bias, lora_a, lora_b, scaling, seed)
+    return guarded(x.device, Forward(x, weight, bias, lora_a, lora_b, dropout_p))
 
 
 def _prepare_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
     """`lora_linear_bwd` for every call of this signature (h and mask as the forward made them)."""
     if x.shape[0] == 0 or not regular(x, dy) or _alignment(dy, x, weight, lora_a, lora_b, h, mask):
         return None
-    backward = Backward(dy, x, weight, lora_a, lora_b, dropout_p, need_dx, need_da, need_db)
-    return lambda dy, x, weight, a, b, h, mask, scaling, *_: on_device(x, backward, dy, x, weight, a, b, h, mask, scaling)
+    return guarded(x.device, Backward(dy, x, weight, lora_a, lora_b, dropout_p, need_dx, need_da, need_db))
 
 
 lora_linear_fwd.prepare = _prepare_fwd

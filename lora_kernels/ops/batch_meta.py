@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _batch_table, _device
 from .._errors import LoraTypeError, LoraValueError, message
+from ..native.signature import value_range
 
 
 def check_ids(op: str, ids: Tensor, L: int) -> None:
@@ -15,11 +16,20 @@ def check_ids(op: str, ids: Tensor, L: int) -> None:
         return
     if ids.device.type != "cpu" and not _device.env_flag("LORA_KERNELS_CHECK_IDS"):
         return
-    low, high = (int(v) for v in ids.aminmax())
+    low, high = value_range(ids)
     if low < -1 or high >= L:
         raise LoraValueError(
             message(f"{op}: token_lora_mapping names an adapter outside the pool", f"ids from {low} to {high}", f"-1 (none) to {L - 1}")
         )
+
+
+def check_ranks(op: str, ranks: Tensor | None, R: int) -> None:
+    """Raise when a true rank is outside 0 ... R; read on a CPU only, where that costs no wait."""
+    if ranks is None or ranks.device.type != "cpu" or torch.compiler.is_compiling() or ranks.numel() == 0:
+        return
+    low, high = value_range(ranks)
+    if low < 0 or high > R:
+        raise LoraValueError(message(f"{op}: a true rank outside the pool", f"ranks from {low} to {high}", f"0 to {R}"))
 
 
 def as_ids(op: str, ids: Tensor) -> Tensor:

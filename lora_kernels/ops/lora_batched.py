@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .. import _batch_table, _checks, _checks_batched, _device
 from .._errors import LoraKernelsError, LoraValueError, message
-from .batch_meta import BatchMeta, as_ids, check_ids
-from .lora_linear import _autocasts, _direct, _remember, _run, _signature, draw_seed
+from . import _serving_path
+from ._serving_path import as_list
+from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks
+from .lora_linear import _autocasts, _run, draw_seed
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -102,28 +104,7 @@ class _LoraBatched(torch.autograd.Function):
         return None, None, dx if need_dx else None, *[None] * S, *dbias, *[g if need else None for g, need in wanted]
 
 
-# The checks and the dispatcher cost as much as a small decode step: serving calls of one slice whose signature has been checked and
-# decided before go straight to their implementation, as in lora_linear. What depends on values (ids, ranks) is checked every time.
-_serving_runs: dict[tuple, Callable] = {}
-
-
-def _serving_key(x, weight, bias, a, b, *more) -> tuple | None:
-    """The signature of a call without gradients that nothing can listen to, or None."""
-    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling() or not _direct(x, weight, a, b):
-        return None
-    vectors = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in (bias, *more[:2])]
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return None
-    return _signature(x, weight, a, b, *vectors, *more[2:])
-
-
 # ------------------------------------------------------------------------------------------------------- arguments, shared
-
-
-def as_list(t: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [t] if isinstance(t, Tensor) else list(t)
 
 
 def squeeze_slab(pool: Tensor) -> Tensor:
@@ -234,18 +215,13 @@ def lora_batched_linear(
     """
     op = "lora_batched_linear"
     pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
-    S, stacked = len(pools_a), isinstance(weight, Tensor)
-    key = run = None
-    if S == 1 and stacked and len(pools_b) == 1 and dropout_p is None and x.dim() == 2:
-        key = _serving_key(x, weight, bias, pools_a[0], pools_b[0], ranks, scalings, rank_packed, backend, strict)
-        run = _serving_runs.get(key)
-    if run is not None:
-        L, R, _ = pools_a[0].shape
-        meta = resolve_meta(op, token_lora_mapping, x.shape[0], L, x, batch_invariant)
-        _checks_batched.check_ranks(op, ranks, R)
-        ranks, scalings = (_checks_batched.row(t, dtype) for t, dtype in ((ranks, torch.int32), (scalings, torch.float32)))
-        args = (meta.ids, ranks, scalings, None, None, meta.table, meta.block, rank_packed, meta.batch_invariant)
-        return run(x, [weight], [bias], pools_a, pools_b, *args)[0]
+    S, stacked, key = len(pools_a), isinstance(weight, Tensor), None
+    if dropout_p is None:
+        given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
+        key = _serving_path.key_of(*given, rank_packed, batch_invariant, backend, strict)
+        if (run := _serving_path.find(key)) is not None:
+            y = run(*given)
+            return y if stacked else y.split([w.shape[0] for w in weight], -1)
     if _autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype) if stacked else [w.to(dtype) for w in weight]
@@ -260,8 +236,9 @@ def lora_batched_linear(
 
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     meta = resolve_meta(op, token_lora_mapping, flat.shape[0], L, x, batch_invariant)
+    given = (x, weight, token_lora_mapping, ranks, scalings)
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
-    _checks_batched.check_ranks(op, ranks, R)
+    check_ranks(op, ranks, R)
     scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
     dropout_p = _dropout_table(op, dropout_p, training, L, x.device)
     seed = None if dropout_p is None else draw_seed(seed, x.device)
@@ -274,11 +251,10 @@ def lora_batched_linear(
             fix = "weight.requires_grad_(False)"
             raise LoraValueError(message(f"{op}: weight requires grad, but only the adapters are trained", fix=fix))
         y = _LoraBatched.apply(call, S, *tensors)
-    elif key is not None:
-        args = (flat, weights, biases, pools_a, pools_b, *call[:-2])
-        y = _remember(_serving_runs, key, _FWD, backend, strict, args)(*args)[0]
     else:
         y = _fwd(flat, weights, biases, pools_a, pools_b, *call)[0]
+        if key is not None:
+            _serving_path.remember(key, *given, (flat, weights, biases, pools_a, pools_b, *call[:-2]), backend, strict)
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if stacked else y.split([w.shape[0] for w in weights], -1)
 

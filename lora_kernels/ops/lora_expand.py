@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import _checks, _checks_batched
 from .._errors import LoraValueError, message
-from .batch_meta import BatchMeta
-from .lora_batched import as_list, resolve_meta, squeeze_slab
+from ._serving_path import as_list
+from .batch_meta import BatchMeta, check_ranks
+from .lora_batched import resolve_meta, squeeze_slab
 from .lora_linear import _run
 from .lora_shrink import refuse_grad
 
@@ -79,6 +80,6 @@ def lora_expand(
     L = pools_b[0].shape[0]
     meta = resolve_meta(op, meta, flat.shape[0], L, y, batch_invariant)
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, y.device)
-    _checks_batched.check_ranks(op, ranks, h.shape[2])
+    check_ranks(op, ranks, h.shape[2])
     torch.ops.lora_kernels.lora_expand.default(flat, h, pools_b, meta.ids, ranks, meta.table, meta.block, meta.batch_invariant, backend, strict)
     return y

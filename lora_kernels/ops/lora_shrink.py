@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import _checks, _checks_batched
 from .._errors import LoraKernelsError, message
-from .batch_meta import BatchMeta
-from .lora_batched import as_list, resolve_meta, squeeze_slab
+from ._serving_path import as_list
+from .batch_meta import BatchMeta, check_ranks
+from .lora_batched import resolve_meta, squeeze_slab
 from .lora_linear import _run
 
 torch.library.define(
@@ -73,7 +74,7 @@ def lora_shrink(
     flat = x.reshape(-1, x.shape[-1])
     meta = resolve_meta(op, meta, flat.shape[0], L, x, batch_invariant)
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
-    _checks_batched.check_ranks(op, ranks, pools_a[0].shape[1] // (S if rank_packed else 1))
+    check_ranks(op, ranks, pools_a[0].shape[1] // (S if rank_packed else 1))
     scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
     h = torch.ops.lora_kernels.lora_shrink.default(
         flat, pools_a, meta.ids, ranks, scalings, meta.table, meta.block, rank_packed, meta.batch_invariant, backend, strict

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _batch_table, reference_batched
-from ._launch import Pointers, on_device
+from ._launch import Pointers, guarded, on_device
 from .batched_common import arch, unit_rows
 from .batched_decode import PARTS, Decode
 from .batched_decode import serves as decodes
@@ -218,21 +218,28 @@ def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings,
     return on_device(x, _prepare(Forward, key, *args, *more), *args)
 
 
-def _prepare_fwd(x, weights, biases, *rest):
-    """`lora_batched_fwd` for one slice and every call of this signature, without looking it up again; None where addresses matter too."""
-    if x.shape[0] == 0 or not unit_rows(x) or len(weights) != 1 or any(_offsets((x, weights, biases, *rest[:2]))):
-        return None
-    forward, fixed = Forward(x, weights, biases, *rest), rest[-3:]
+def _prepare_serving(shape, x, weights, biases, pools_a, pools_b, ids, *rest):
+    """`lora_batched_fwd` for every call of this signature, given as the caller of `lora_batched_linear` gave it; see ops/_serving_path.py."""
+    S, widths, more, args = len(weights), [w.shape[0] for w in weights], rest[-3:], (x, weights, biases, pools_a, pools_b, ids, *rest)
+    joined = S > 1 and stacked(weights)  # lists of weights may have it or not: their addresses say
+    prepared = None if any(_offsets(args[:6])) or not unit_rows(x) else guarded(x.device, Forward(*args))
 
-    def run(x, weights, biases, *rest):
-        if rest[-3:] != fixed or (biases[0] is not None and biases[0].data_ptr() % 16):
-            return lora_batched_fwd(x, weights, biases, *rest)
-        return on_device(x, forward, x, weights, biases, *rest[:-3])
+    def call(x, weight, bias, pools_a, pools_b, ids, ranks, scalings, table):
+        one = isinstance(weight, Tensor)
+        if S == 1:
+            weights, biases = [weight if one else weight[0]], [bias if one or bias is None else bias[0]]
+        else:
+            weights = list(weight.split(widths) if one else weight)
+            biases = [None] * S if bias is None else list(bias.split(widths) if one else bias)
+        vectors = [None if t is None else t.expand(S, -1) for t in (ranks, scalings)]
+        given = (x if len(shape) == 1 else x.view(-1, x.shape[-1]), weights, biases, pools_a, pools_b, ids, *vectors, None, None, table)
+        y = (lora_batched_fwd(*given, *more) if prepared is None or (joined and not one) else prepared(*given))[0]
+        return y if len(shape) == 1 else y.view(*shape, y.shape[1])
 
-    return run
+    return call
 
 
-lora_batched_fwd.prepare = _prepare_fwd
+lora_batched_fwd.prepare_serving = _prepare_serving
 
 
 def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):

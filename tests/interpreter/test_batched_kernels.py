@@ -97,6 +97,17 @@ def test_batch_invariant_ignores_M():
         assert torch.equal(part, full[rows])
 
 
+def test_serving_calls_are_the_op():
+    """Weight and bias stacked or as lists, x of more dimensions, ranks of all slices in one row: the op's bits."""
+    b = Batch.random(**CASES["bf16-three_slices"], ranks=[16, 3, 8, 0, 5])
+    table, block = b.table(block=64)
+    args = (b.x, *b.base[1:], b.ranks, b.scalings, None, None, table, block, False, False)
+    y = batched.lora_batched_fwd(*args)[0]
+    call = batched.lora_batched_fwd.prepare_serving((1, 17), *args)
+    for weight, bias in ((b.weights, b.biases), (torch.cat(b.weights), torch.cat(b.biases))):
+        assert torch.equal(call(b.x[None], weight, bias, b.pools_a, b.pools_b, b.ids, b.ranks[0].contiguous(), b.scalings, table), y[None])
+
+
 def test_rank_packed_slices():
     """SGLang's layout: slice i of an adapter of rank r in rows i r ... (i + 1) r of one pool."""
     b = Batch.random(ids=MIXED, Ns=[24, 40], K=72, R=16, L=5, dtype=bf16, ranks=[16, 3, 8, 0, 5])

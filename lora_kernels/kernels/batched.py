@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _batch_table, reference_batched
+from .. import _batch_table
 from ._launch import Pointers, guarded, on_device
 from .batched_common import arch, unit_rows
 from .batched_decode import PARTS, Decode
@@ -106,22 +106,23 @@ class Backward:
     """lora_batched_bwd for one call signature. dx is the forward kernel with (W, A, B) -> (W^T, B^T, A^T)."""
 
     def __init__(self, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
-        self.widths, self.needs, R, masked = [w.shape[0] for w in weights], (need_dx, need_da, need_db), h.shape[2], dropout_p is not None
+        self.widths, self.needs, masked = [w.shape[0] for w in weights], (need_dx, need_da, need_db), dropout_p is not None
+        R, L, dx = h.shape[2], pools_a[0].shape[0], x.new_empty(x.shape)
         self.no_dx = x.new_empty(0)
         self.slices = []
         for i, dyi in enumerate(dy.split(self.widths, 1)):
             run = slice(i, i + 1)
             r, s, b_t, a_t = _cut(ranks, run), _cut(scalings, run), pools_b[i].transpose(1, 2), pools_a[i].transpose(1, 2)
             shrink = Shrink(dyi, [b_t], h[run], r, s, block, False, 1) if need_dx or need_da else None
-            tiles = _tiles(dyi, x, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked) if need_dx else None
-            da = SegmentReduce(x, R, pools_a[i], r, block, False, masked) if need_da else None
-            db = SegmentReduce(dyi, R, pools_b[i], r, block, True) if need_db else None
+            tiles = _tiles(dyi, dx, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked) if need_dx else None
+            da = SegmentReduce(x, R, L, r, block, False, masked) if need_da else None
+            db = SegmentReduce(dyi, R, L, r, block, True) if need_db else None
             self.slices.append((run, shrink, tiles, da, db))
 
     def __call__(self, stream, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table):
         need_dx, need_da, need_db = self.needs
         dropped = (mask, dropout_p) if dropout_p is not None else ()
-        dx = torch.empty_like(x) if need_dx else self.no_dx
+        dx = x.new_empty(x.shape) if need_dx else self.no_dx
         das = [p.new_zeros(p.shape) for p in pools_a] if need_da else []
         dbs = [p.new_zeros(p.shape) for p in pools_b] if need_db else []
         g = torch.empty_like(h)
@@ -212,7 +213,9 @@ def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings,
     x = _rows(x)
     args, more = (x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table), (block, rank_packed, batch_invariant)
     if x.shape[0] == 0:
-        return reference_batched.lora_batched_fwd(*args, *more)
+        words = 0 if dropout_p is None else (0, -(-x.shape[1] // 32))
+        y, h = x.new_empty(0, sum(w.shape[0] for w in weights)), x.new_empty(len(weights), 0, pools_b[0].shape[2])
+        return y, h, x.new_empty(words, dtype=torch.int32)
     facts = (dropout_p is None, len(weights) > 1 and stacked(weights))
     key = _key(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, *more, *facts, Forward)
     return on_device(x, _prepare(Forward, key, *args, *more), *args)
@@ -247,7 +250,8 @@ def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scal
     dy, x, h = _rows(dy), _rows(x), h.contiguous()
     args, more = (dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table), (block, need_dx, need_da, need_db)
     if x.shape[0] == 0:
-        return reference_batched.lora_batched_bwd(*args, *more)
+        zeros = [[p.new_zeros(p.shape) for p in pools] if need else [] for pools, need in ((pools_a, need_da), (pools_b, need_db))]
+        return x.new_empty(x.shape if need_dx else 0), *zeros
     key = _key(dy, x, weights, pools_a, pools_b, ids, ranks, scalings, *more, dropout_p is None, Backward)
     return on_device(x, _prepare(Backward, key, *args, *more), *args)
 

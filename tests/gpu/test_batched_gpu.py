@@ -36,7 +36,7 @@ SHAPES = {
     "M256-distinct": dict(ids=list(range(256)), Ns=[512], K=1024, R=16, L=256),
     "M64-rank512": dict(ids=ids_of(64, 3), Ns=[512], K=512, R=512, L=3, ranks=[1, 100, 512]),
     "M1000-segments": dict(ids=sorted(ids_of(1000, 8)), Ns=[768], K=1024, R=64, L=8, ranks="mixed"),
-    "M1000-shuffled": dict(ids=ids_of(1000, 40), Ns=[296], K=520, R=24, L=40, ranks="mixed"),
+    "M1000-shuffled": dict(ids=ids_of(1000, 16), Ns=[296], K=520, R=24, L=16, ranks="mixed"),
     "M1000-gathered": dict(ids=ids_of(1000, 100), Ns=[300, 200], K=520, R=24, L=100, ranks="mixed"),
     "M40-none": dict(ids=[-1] * 40, Ns=[256], K=256, R=16, L=2),
 }

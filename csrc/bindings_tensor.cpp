@@ -55,8 +55,35 @@ PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words), used * sizeof(int64_t));
 }
 
+// addresses(*tensors, tuples of them, or None) -> bytes of their addresses, 0 for None.
+PyObject* addresses(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr int kMost = 128;
+  uintptr_t found[kMost];
+  int used = 0;
+  const auto add = [&](PyObject* object) {
+    if (used == kMost || exchange == nullptr) {
+      PyErr_SetString(PyExc_ValueError, "addresses: too many tensors, or use_exchange was not called");
+      return false;
+    }
+    Tensor t{};
+    if (object != Py_None && exchange->view(object, &t) != 0) return false;
+    found[used++] = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+    return true;
+  };
+  for (Py_ssize_t i = 0; i < count; i++) {
+    if (!PyTuple_Check(args[i])) {
+      if (!add(args[i])) return nullptr;
+      continue;
+    }
+    for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(args[i]); j++)
+      if (!add(PyTuple_GET_ITEM(args[i], j))) return nullptr;
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(found), used * static_cast<Py_ssize_t>(sizeof(uintptr_t)));
+}
+
 PyMethodDef methods[] = {{"use_exchange", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_exchange)), METH_FASTCALL, nullptr},
                          {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(signature)), METH_FASTCALL, nullptr},
+                         {"addresses", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(addresses)), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -37,5 +37,5 @@ class Operand : dlpack::Tensor {
 
 }  // namespace lk
 
-// Adds `use_exchange` and `signature`; false with a Python error set.
+// Adds `use_exchange`, `signature` and `addresses`; false with a Python error set.
 bool bind_tensors(PyObject* module);

@@ -1,6 +1,7 @@
 """Compiles `lora_kernels._C` with ninja: C++ for the CPU always, CUDA where csrc/cuda brings its part and nvcc is found. Needs no torch.
 
-CXX, CXXFLAGS and LDFLAGS are honoured. The CUDA part joins through `csrc/cuda/native_build_cuda.py`: a function `part(build_dir) -> Part | None`.
+`python csrc/native_build.py` builds it in place, whatever setuptools is there. CXX, CXXFLAGS and LDFLAGS are honoured. The CUDA part joins
+through `csrc/cuda/native_build_cuda.py`: a function `part(build_dir) -> Part | None`.
 """
 
 from __future__ import annotations
@@ -135,3 +136,16 @@ def build(target: Path, build_dir: Path) -> None:
     print(run.stdout)
     if run.returncode:
         raise CannotBuild("the compiler failed, see above; fix: a compiler with C++17 (g++ 11, clang 13 or newer)")
+
+
+def main() -> None:
+    """Into the source tree, without setuptools."""
+    target = CSRC.parent / "lora_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build(target, CSRC.parent / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CannotBuild as why:
+        sys.exit(f"native_build: {why}")

@@ -215,3 +215,10 @@ def test_training_call_after_a_serving_call(runs) -> None:
     assert z.grad_fn is not None
     with torch.no_grad():
         assert torch.equal(lk.lora_batched_linear(x, w, None, a, b, ids), y)
+
+
+@pytest.mark.parametrize("read", [native._pointers, native.addresses], ids=["python", "native"])
+def test_addresses(read) -> None:
+    a, b, c = tensor(3), tensor(4), tensor(5)
+    assert read(a, None, (b, c)) == read(a, None, (b, c))
+    assert len({read(a, None, (b, c)), read(a, None, (c, b)), read(a, b, (b, c)), read(a[1:], None, (b, c)), read(None, a, (b, c))}) == 5

@@ -2,7 +2,7 @@
 
 Triton's own launch binds, specialises and hashes every argument of every call and encodes each TMA descriptor anew. A `Launcher`
 belongs to one call signature (shapes, strides, dtypes, alignment), so it goes through Triton once and afterwards hands raw pointers,
-remembered descriptors and a constant tail straight to the compiled kernel's C launcher.
+remembered descriptors and a constant tail straight to the compiled kernel's C launcher; all of them together, where a call's addresses are known.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _device
+from ..native.signature import addresses
 
-_MAX_DESCRIPTORS = 256  # remembered per descriptor argument; addresses come back, as the caching allocator reuses its blocks
+_MAX_REMEMBERED = 1024  # calls, and descriptors per argument; addresses come back, as the caching allocator reuses its blocks
 PROGRAMS = 132  # of a device that is not there: H200 when recording
 _recorded: list | None = None
 
@@ -42,7 +43,7 @@ class Launcher:
     int may be a tuple of ints.
     """
 
-    __slots__ = ("blocks", "constants", "encode", "fn", "function", "grid", "head", "ints", "maps", "raw", "tail", "warps_stages")
+    __slots__ = ("blocks", "constants", "encode", "fn", "function", "grid", "head", "ints", "known", "maps", "raw", "tail", "warps_stages")
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Launcher:
         self.constants = constants
         self.warps_stages = {"num_warps": warps, "num_stages": stages}
         self.maps: list[dict[int, list]] = [{} for _ in blocks]
+        self.known: dict[tuple, tuple] = {}
         self.raw = None
 
     def __call__(self, stream: int, described: Sequence[Tensor], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float] = ()) -> None:
@@ -68,12 +70,20 @@ class Launcher:
         if self.raw is None or getattr(hook, "calls", hook):  # a profiler's hook wants Triton's own launch
             self._first(described, pointers, floats)
             return
+        key = (stream, floats, addresses(*described, *pointers))
+        self.raw(*(self.known.get(key) or self._arguments(key, stream, described, pointers, floats)))
+
+    def _arguments(self, key: tuple, stream: int, described: Sequence[Tensor], pointers: Sequence, floats: Sequence[float]) -> tuple:
+        """What the C launcher takes, remembered for calls of the same addresses."""
         args: list = []
         for maps, tensor, block in zip(self.maps, described, self.blocks, strict=False):
             address = tensor.data_ptr()
             args += maps.get(address) or self._describe(maps, address, tensor, block)
         args += [p if p is None else p.data_ptr() for p in pointers]
-        self.raw(*self.grid, stream, self.function, *self.head, *args, *floats, *self.tail)
+        if len(self.known) >= _MAX_REMEMBERED:
+            self.known.clear()
+        self.known[key] = found = (*self.grid, stream, self.function, *self.head, *args, *floats, *self.tail)
+        return found
 
     def _first(self, described: Sequence[Tensor], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float]) -> None:
         pointers = [tuple(p) if isinstance(p, Pointers) else p for p in pointers]
@@ -96,7 +106,7 @@ class Launcher:
 
     def _describe(self, maps: dict[int, list], address: int, tensor: Tensor, block: list[int]) -> list:
         """The kernel arguments of one descriptor (encoded map, shape, strides), remembered by address."""
-        if len(maps) >= _MAX_DESCRIPTORS:
+        if len(maps) >= _MAX_REMEMBERED:
             maps.clear()
         position = next(i for i, m in enumerate(self.maps) if m is maps)
         maps[address] = self.encode(TensorDescriptor.from_tensor(tensor, block), position)
@@ -171,7 +181,7 @@ def workspace(device: torch.device, stream: int, ints: int) -> Tensor:
     if device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(ints, dtype=torch.int32, device=device)
     found = _workspaces.get((device, stream))
-    if found is None or found.numel() < ints:
+    if found is None or found.shape[0] < ints:
         # The zeroing runs on the stream that will use it; an outgrown buffer goes back to the allocator, which reuses it on this stream.
         found = _workspaces[device, stream] = _device.kept_zeros(device, max(ints, 1024))
     return found

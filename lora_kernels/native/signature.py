@@ -41,7 +41,12 @@ def tensors_shown() -> bool:
     return _C is not None and exchange is not None and _C.use_exchange(exchange, Tensor, Parameter)
 
 
-signature = _C.signature if tensors_shown() else _from_attributes
+def _pointers(*tensors: Tensor | tuple[Tensor, ...] | None) -> tuple:
+    """The addresses of tensors, tuples of tensors and None, as one hashable value."""
+    return tuple([t if t is None else t.data_ptr() if isinstance(t, Tensor) else _pointers(*t) for t in tensors])
+
+
+signature, addresses = (_C.signature, _C.addresses) if tensors_shown() else (_from_attributes, _pointers)
 
 
 def value_range(t: Tensor) -> tuple[int, int]:

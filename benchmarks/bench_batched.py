@@ -2,10 +2,11 @@
 
     python benchmarks/bench_batched.py                     CPU: PEFT's mixed batch, a loop over adapters, gather + bmm
     python benchmarks/bench_batched.py --device cuda       GPU: decode and prefill in CUDA graphs, weights rotated so that L2 holds none
-    --backend NAME --json FILE --rounds N --seconds S --quick          most wanted shapes first; the file is written after each
+    --backend NAME --json FILE --rounds N --seconds N --quick
 
 Every contender's result is checked against float64 first. Then all contenders run in interleaved rounds (`lora_kernels.testing`);
-printed are the medians over rounds of the time and of its ratio to the base layer's in the same round.
+printed are the medians over rounds of the time and of its ratio to the base layer's in the same round; on a GPU, for few rows, also what share
+of the copy bandwidth measured at the start the fewest bytes of the call make.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from lora_kernels import testing
+from lora_kernels.bench import roofs
 from lora_kernels.ops.batch_meta import BatchMeta
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.ops.lora_expand import lora_expand
@@ -31,15 +34,33 @@ ROTATE_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # beyond the last cache: L3
 ALLOWED = {torch.bfloat16: 1.5e-2, torch.float32: 1e-5}
 
 
-def problem(M, N, K, L, R, dtype, device, present, none_share=0.125, sorted_rows=False):
-    """ids over `present` adapters with a share of rows without one, and enough copies of the weights to keep the caches cold."""
+@dataclass(frozen=True)
+class Case:
+    """One line: L adapters of rank R in the pool and, but for `none`, in the batch."""
+
+    M: int
+    N: int
+    K: int
+    L: int
+    R: int
+    segments: bool = False  # rows sorted by adapter
+    none: bool = False  # no row has an adapter
+
+
+def problem(case: Case, dtype, device, none_share=0.125):
+    """Operands, ids with a share of rows without an adapter, and enough copies of the weights to keep the caches cold."""
+    M, N, K, L, R = case.M, case.N, case.K, case.L, case.R
     g = torch.Generator().manual_seed(M * 100 + L)
-    ids = torch.randint(0, present, (M,), generator=g, dtype=torch.int32)
+    ids = torch.randint(0, L, (M,), generator=g, dtype=torch.int32)
     ids[torch.rand(M, generator=g) < none_share] = -1
-    if sorted_rows:
-        ids = torch.arange(M, dtype=torch.int32) * present // M
+    if L == M and device == "cuda":  # each row its own
+        ids = torch.randperm(M, generator=g).to(torch.int32)
+    if case.segments:
+        ids = torch.arange(M, dtype=torch.int32) * L // M
     if M == 1:
         ids[0] = 0
+    if case.none:
+        ids.fill_(-1)
     size = torch.empty((), dtype=dtype).element_size() * (K * N + L * R * (K + N))
 
     def make(*shape):
@@ -138,15 +159,28 @@ def graphed(call: Callable[[int], torch.Tensor], n: int) -> Callable[[], object]
     return graph.replay
 
 
-def shapes(device: str, quick: bool):
-    """(M, N, K, adapters in the pool, R, sorted rows)."""
+def cases(device: str, quick: bool) -> list[Case]:
+    """On a GPU the layers of Llama-3-8B, those that the targets name first, so that a run cut short has them."""
     if device == "cpu":
         sizes = (576,) if quick else (576, 2048, 4096)
-        return [(M, size, size, L, 16, False) for size in sizes for L in (8, 64) for M in (1, 8, 64)]
-    layers = [(4096, 4096)] if quick else [(4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096)]
-    cases = [(M, N, K, L, R, False) for N, K in layers for R in (16, 64) for M in (16, 64, 1, 256) for L in sorted({1, min(8, M), M})]
-    cases += [(8192, N, K, 8, R, True) for N, K in layers for R in (16, 64)]
-    return sorted(cases, key=lambda c: (layers.index(c[1:3]) + 2 * (c[4] == 64), c[3] != 8))  # most wanted first
+        return [Case(M, size, size, L, 16) for size in sizes for L in (8, 64) for M in (1, 8, 64)]
+    named = [Case(M, N, 4096, min(8, M), 16) for N in (4096, 14336) for M in (1, 16, 64)]
+    named += [Case(8192, 4096, 4096, 8, R, segments=True) for R in (16, 64)]
+    named += [Case(M, 4096, 4096, 8, 16, none=True) for M in (1, 64, 256, 8192)]
+    if quick:
+        return named
+    layers = [(4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336)]
+    grid = [Case(M, N, K, L, R) for R in (16, 64) for N, K in layers for M in (1, 16, 64, 256) for L in sorted({1, min(8, M), M})]
+    grid += [Case(8192, N, K, 8, R, segments=True) for N, K in layers[1:] for R in (16, 64)]
+    # Scattered rows: the worst for tiles of rows as they lie (up to 16 adapters), what the gather form is for (beyond).
+    grid += [Case(8192, 4096, 4096, L, 16) for L in (8, 16, 17, 64)]
+    return [*named, *(case for case in grid if case not in named)]
+
+
+def moved(case: Case, ids: torch.Tensor, itemsize: int) -> int:
+    """The fewest bytes: W, x, y, and A and B of the adapters present."""
+    present = len({slot for slot in ids.tolist() if slot >= 0})
+    return itemsize * (case.N * case.K + case.M * (case.N + case.K) + present * case.R * (case.N + case.K))
 
 
 def main() -> None:
@@ -155,35 +189,40 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case starts after this")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--none", action="store_true", help="all rows without an adapter")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further shape after this time")
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path, help="rewritten after every case")
     args = parser.parse_args()
-    dtype, rows = getattr(torch, args.dtype), []
+    dtype, rows, start = getattr(torch, args.dtype), [], time.monotonic()
     torch.set_grad_enabled(False)
-    end = time.monotonic() + args.seconds
-    for M, N, K, L, R, sorted_rows in shapes(args.device, args.quick):
-        if time.monotonic() > end:
-            sys.exit(f"bench_batched: out of time before M {M} N {N} K {K} L {L} R {R}")
-        x, ids, scalings, copies = problem(M, N, K, L, R, dtype, args.device, L, 1.0 if args.none else 0.125, sorted_rows and not args.none)
-        if args.none:
-            ids.fill_(-1)
+    roof = roofs.bandwidth(torch.device("cuda")) if args.device == "cuda" else None
+    for case in cases(args.device, args.quick):
+        if time.monotonic() - start > args.seconds:
+            print("out of time: the cases that follow were not run")
+            break
+        case = replace(case, none=case.none or args.none)
+        x, ids, scalings, copies = problem(case, dtype, args.device)
         calls = contenders(x, ids, scalings, copies, args.backend, args.device == "cpu")
         exact = truth(x, ids, scalings, copies[0])
         for name, call in calls.items():
             error = ((call(0).double() - exact).norm() / exact.norm()).item()
-            assert name == "base" or error < ALLOWED[dtype], f"{name}: relative RMSE {error:.1e} at M {M} N {N} K {K} L {L}"
+            assert name == "base" or error < ALLOWED[dtype], f"{name}: relative RMSE {error:.1e} at {case}"
         n = len(copies) if args.device == "cuda" else 1
         calls = {name: graphed(call, n) if args.device == "cuda" else turning(call) for name, call in calls.items()}
         times = testing.timer(args.device)(calls, rounds=args.rounds)
         found = {name: (statistics.median(t) / n * 1e6, testing.ratio(t, times["base"])) for name, t in times.items()}
+        row = asdict(case) | {"dtype": args.dtype, "us_and_ratio": found}
         text = "  ".join(f"{name} {us:8.1f} us x{ratio:5.2f}" for name, (us, ratio) in found.items())
-        print(f"{args.dtype} M {M:4d} N {N:5d} K {K:5d} L {L:3d} R {R:2d} | {text}", flush=True)
-        rows.append(dict(M=M, N=N, K=K, L=L, R=R, dtype=args.dtype, none=args.none, us_and_ratio=found))
+        if roof and case.M <= 256:
+            row["share_of_copy_bandwidth"] = moved(case, ids, x.element_size()) / (found["ours"][0] * 1e-6) / roof
+            text += f"  {row['share_of_copy_bandwidth']:4.0%} of copy"
+        mix = "none" if case.none else "segments" if case.segments else "mixed"
+        print(f"{args.dtype} M {case.M:4d} N {case.N:5d} K {case.K:5d} L {case.L:3d} R {case.R:2d} {mix:8} | {text}", flush=True)
+        rows.append(row)
         if args.json:
-            with open(args.json, "w") as file:
-                json.dump(rows, file, indent=1)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({"bytes_per_s": roof, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

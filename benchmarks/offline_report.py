@@ -1,4 +1,4 @@
-"""The tables of docs/measured.md "Triton kernels": `python benchmarks/offline_report.py`, no GPU needed (about 3 minutes on 2 cores).
+"""Tables of docs/measured.md, "Triton kernels" and "Batched op": `python benchmarks/offline_report.py`, no GPU needed (3 minutes on 2 cores).
 
 Registers, spills, shared memory and opcodes are read from offline compiles with Triton's own ptxas. The predictions are a cost model:
 time = max(FLOPs / 790e12, bytes / 4.3e12) per launch, launches one after the other; both rates were measured on one H200 with other code.
@@ -80,7 +80,39 @@ def predictions() -> str:
     return "\n".join(lines)
 
 
+SMS, LAUNCH, PRODUCT = 132, 2.5, 0.5  # of an H200; us: assumed for a launch, and for one rank product from L2 to registers
+
+
+def prefill(M: int, N: int, K: int, R: int, met: float) -> tuple[float, float]:
+    """cuBLAS alone and our two launches, us; `met`: adapters that a tile of 128 rows meets."""
+    gemm = floor(2 * M * N * K, 2 * (M * K + N * K + M * N))
+    waves = -(-(M // 128) * -(-N // 256) // SMS)
+    products = waves * 2 * met * -(-R // 64) * PRODUCT  # the two halves of a tile, one after the other; nothing hides them
+    rank = 2 * M * N * max(R, 16) * met / FLOPS * 1e6
+    return gemm + LAUNCH, gemm + rank + products + shrink(M, K, R) + 2 * LAUNCH
+
+
+def decode(M: int, N: int, K: int, R: int, L: int) -> tuple[float, float]:
+    """cuBLAS alone and one launch that touches every byte once, us."""
+    base = floor(2 * M * N * K, 2 * (N * K + M * (N + K))) + LAUNCH
+    return base, base + 2 * L * R * (N + K) / BYTES * 1e6
+
+
+def many_adapters() -> str:
+    lines = ["| M x N x K | adapters | R | base, us | ours, us (ratio) |", "|---|---|---|---|---|"]
+    rows = [(64, 4096, 4096, 16, 8), (64, 4096, 4096, 16, 64), (64, 14336, 4096, 16, 8)]
+    found = [(shape, f"{shape[4]}, floor of one launch", decode(*shape)) for shape in rows]
+    for N, K in ((4096, 4096), (14336, 4096), (4096, 14336)):
+        found += [((8192, N, K, R), "8 segments", prefill(8192, N, K, R, 1)) for R in (16, 64)]
+    found += [((8192, 4096, 4096, 16), f"{L}, scattered", prefill(8192, 4096, 4096, 16, L)) for L in (8, 16)]
+    for (M, N, K, R, *_), mix, (base, ours) in found:
+        lines.append(f"| {M} x {N} x {K} | {mix} | {R} | {base:.1f} | {ours:.1f} ({ours / base:.3f}) |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(predictions())
+    print()
+    print(many_adapters())
     print()
     print(compiled())

@@ -56,7 +56,7 @@ class Batch:
     def rank(self, i: int, slot: int) -> int:
         return self.pools_a[i].shape[1] if self.ranks is None else int(self.ranks[i, slot])
 
-    def expected(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    def expected(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
         """y, one row after the other, every operation rounded to `dtype`."""
         cast = lambda t: None if t is None else t.to(device, dtype)
         x, parts = cast(self.x), []
@@ -74,10 +74,10 @@ class Batch:
 
         In float64, where the truth is no better than eager, a few roundings.
         """
-        exact, dtype = self.expected(), self.x.dtype
+        exact, dtype = self.expected(device=y.device), self.x.dtype
         assert (y.shape, y.dtype) == (exact.shape, dtype)
         rounding = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
-        error, eager = (testing.relative_rmse(t, exact) for t in (y, self.expected(dtype)))
+        error, eager = (testing.relative_rmse(t, exact) for t in (y, self.expected(dtype, y.device)))
         assert error <= testing.ALLOWED_RATIO * eager + rounding, f"relative RMSE {error:.2e}, eager {eager:.2e}"
 
     def replace(self, **changes) -> Batch:

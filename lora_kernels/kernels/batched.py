@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _batch_table, reference_batched
-from ._launch import Pointers, on_device
+from .. import _batch_table
+from ._launch import Pointers, guarded, on_device
 from .batched_common import arch, unit_rows
 from .batched_decode import PARTS, Decode
 from .batched_decode import serves as decodes
@@ -106,22 +106,23 @@ class Backward:
     """lora_batched_bwd for one call signature. dx is the forward kernel with (W, A, B) -> (W^T, B^T, A^T)."""
 
     def __init__(self, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
-        self.widths, self.needs, R, masked = [w.shape[0] for w in weights], (need_dx, need_da, need_db), h.shape[2], dropout_p is not None
+        self.widths, self.needs, masked = [w.shape[0] for w in weights], (need_dx, need_da, need_db), dropout_p is not None
+        R, L, dx = h.shape[2], pools_a[0].shape[0], x.new_empty(x.shape)
         self.no_dx = x.new_empty(0)
         self.slices = []
         for i, dyi in enumerate(dy.split(self.widths, 1)):
             run = slice(i, i + 1)
             r, s, b_t, a_t = _cut(ranks, run), _cut(scalings, run), pools_b[i].transpose(1, 2), pools_a[i].transpose(1, 2)
             shrink = Shrink(dyi, [b_t], h[run], r, s, block, False, 1) if need_dx or need_da else None
-            tiles = _tiles(dyi, x, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked) if need_dx else None
-            da = SegmentReduce(x, R, pools_a[i], r, block, False, masked) if need_da else None
-            db = SegmentReduce(dyi, R, pools_b[i], r, block, True) if need_db else None
+            tiles = _tiles(dyi, dx, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked) if need_dx else None
+            da = SegmentReduce(x, R, L, r, block, False, masked) if need_da else None
+            db = SegmentReduce(dyi, R, L, r, block, True) if need_db else None
             self.slices.append((run, shrink, tiles, da, db))
 
     def __call__(self, stream, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table):
         need_dx, need_da, need_db = self.needs
         dropped = (mask, dropout_p) if dropout_p is not None else ()
-        dx = torch.empty_like(x) if need_dx else self.no_dx
+        dx = x.new_empty(x.shape) if need_dx else self.no_dx
         das = [p.new_zeros(p.shape) for p in pools_a] if need_da else []
         dbs = [p.new_zeros(p.shape) for p in pools_b] if need_db else []
         g = torch.empty_like(h)
@@ -212,27 +213,36 @@ def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings,
     x = _rows(x)
     args, more = (x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table), (block, rank_packed, batch_invariant)
     if x.shape[0] == 0:
-        return reference_batched.lora_batched_fwd(*args, *more)
+        words = 0 if dropout_p is None else (0, -(-x.shape[1] // 32))
+        y, h = x.new_empty(0, sum(w.shape[0] for w in weights)), x.new_empty(len(weights), 0, pools_b[0].shape[2])
+        return y, h, x.new_empty(words, dtype=torch.int32)
     facts = (dropout_p is None, len(weights) > 1 and stacked(weights))
     key = _key(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, *more, *facts, Forward)
     return on_device(x, _prepare(Forward, key, *args, *more), *args)
 
 
-def _prepare_fwd(x, weights, biases, *rest):
-    """`lora_batched_fwd` for one slice and every call of this signature, without looking it up again; None where addresses matter too."""
-    if x.shape[0] == 0 or not unit_rows(x) or len(weights) != 1 or any(_offsets((x, weights, biases, *rest[:2]))):
-        return None
-    forward, fixed = Forward(x, weights, biases, *rest), rest[-3:]
+def _prepare_serving(shape, x, weights, biases, pools_a, pools_b, ids, *rest):
+    """`lora_batched_fwd` for every call of this signature, given as the caller of `lora_batched_linear` gave it; see ops/_serving_path.py."""
+    S, widths, more, args = len(weights), [w.shape[0] for w in weights], rest[-3:], (x, weights, biases, pools_a, pools_b, ids, *rest)
+    joined = S > 1 and stacked(weights)  # lists of weights may have it or not: their addresses say
+    prepared = None if any(_offsets(args[:6])) or not unit_rows(x) else guarded(x.device, Forward(*args))
 
-    def run(x, weights, biases, *rest):
-        if rest[-3:] != fixed or (biases[0] is not None and biases[0].data_ptr() % 16):
-            return lora_batched_fwd(x, weights, biases, *rest)
-        return on_device(x, forward, x, weights, biases, *rest[:-3])
+    def call(x, weight, bias, pools_a, pools_b, ids, ranks, scalings, table):
+        one = isinstance(weight, Tensor)
+        if S == 1:
+            weights, biases = [weight if one else weight[0]], [bias if one or bias is None else bias[0]]
+        else:
+            weights = list(weight.split(widths) if one else weight)
+            biases = [None] * S if bias is None else list(bias.split(widths) if one else bias)
+        vectors = [None if t is None else t.expand(S, -1) for t in (ranks, scalings)]
+        given = (x if len(shape) == 1 else x.view(-1, x.shape[-1]), weights, biases, pools_a, pools_b, ids, *vectors, None, None, table)
+        y = (lora_batched_fwd(*given, *more) if prepared is None or (joined and not one) else prepared(*given))[0]
+        return y if len(shape) == 1 else y.view(*shape, y.shape[1])
 
-    return run
+    return call
 
 
-lora_batched_fwd.prepare = _prepare_fwd
+lora_batched_fwd.prepare_serving = _prepare_serving
 
 
 def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
@@ -240,7 +250,8 @@ def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scal
     dy, x, h = _rows(dy), _rows(x), h.contiguous()
     args, more = (dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table), (block, need_dx, need_da, need_db)
     if x.shape[0] == 0:
-        return reference_batched.lora_batched_bwd(*args, *more)
+        zeros = [[p.new_zeros(p.shape) for p in pools] if need else [] for pools, need in ((pools_a, need_da), (pools_b, need_db))]
+        return x.new_empty(x.shape if need_dx else 0), *zeros
     key = _key(dy, x, weights, pools_a, pools_b, ids, ranks, scalings, *more, dropout_p is None, Backward)
     return on_device(x, _prepare(Backward, key, *args, *more), *args)
 

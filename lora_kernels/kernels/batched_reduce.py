@@ -114,19 +114,19 @@ def sum_chunks_kernel(
 
 
 class SegmentReduce:
-    """Launches out[l] = sum of u[m]^T drop(v[m]) for one call signature; out `[L, R, C]`, or `[L, C, R]` when `transposed`."""
+    """Launches out[l] = sum of u[m]^T drop(v[m]) for one call signature; out contiguous `[L, R, C]`, or `[L, C, R]` when `transposed`."""
 
-    def __init__(self, v: Tensor, R: int, out: Tensor, ranks, block: int, transposed: bool, masked: bool = False):
+    def __init__(self, v: Tensor, R: int, L: int, ranks, block: int, transposed: bool, masked: bool = False):
         (M, C), BM, BR = v.shape, 32, rank_chunk(R)
         BC = 128 if v.element_size() == 2 and C % 8 == 0 else 64
-        at = _batch_table.layout(M, out.shape[0], block)
+        at = _batch_table.layout(M, L, block)
         columns = triton.cdiv(C, BC) * triton.cdiv(R, BR)
         # Two programs per SM when one adapter has all rows.
         chunks = max(1, min(triton.cdiv(2 * programs(v.device), columns), M // FEWEST_ROWS, 16))
         chunk = triton.cdiv(triton.cdiv(M, chunks), BM) * BM
         windows = triton.cdiv(M, chunk)
         self.parts = 2 * windows * R * C if windows > 1 else 1
-        strides = (out.stride(0), out.stride(2), out.stride(1)) if transposed else out.stride()
+        strides = (R * C, 1, R) if transposed else (R * C, C, 1)
         grid = (triton.cdiv(C, BC), triton.cdiv(R, BR), at.max_segments + windows)
         ints = (C, R, at.max_segments, chunk, R, v.stride(0), *strides, stride0(ranks), at.order, at.seg_of, at.seg_start, at.seg_adapter)
         same = {"BC": BC, "BR": BR, "HAS_RANKS": ranks is not None}

@@ -19,9 +19,9 @@ from .batched_common import drop_of, jit, pick, precision, rank_of, slice_of, st
 from .update import w_tile
 
 BM, BK = 128, 64
-# With as many adapters in every tile, their products take as long as a K loop of 4096; rows of one adapter mostly lie together, so that a
-# tile meets one or two, but what the mix is may decide nothing here.
-MOST_ADAPTERS = 64
+# Rows of one adapter mostly lie together, and a tile meets one or two; but the mix may decide nothing here, and with 16 in every tile their
+# products already take half as long as the base at K = 4096 (benchmarks/offline_report.py).
+MOST_ADAPTERS = 16
 
 
 @triton.jit

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batched_cases import Batch
 
-from lora_kernels import _batch_table, testing
+from lora_kernels import _batch_table, reference_batched, testing
 from lora_kernels.ops.batch_meta import BatchMeta
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.ops.lora_expand import lora_expand
@@ -36,8 +36,20 @@ SHAPES = {
     "M256-distinct": dict(ids=list(range(256)), Ns=[512], K=1024, R=16, L=256),
     "M64-rank512": dict(ids=ids_of(64, 3), Ns=[512], K=512, R=512, L=3, ranks=[1, 100, 512]),
     "M1000-segments": dict(ids=sorted(ids_of(1000, 8)), Ns=[768], K=1024, R=64, L=8, ranks="mixed"),
-    "M1000-shuffled": dict(ids=ids_of(1000, 40), Ns=[300, 200], K=520, R=24, L=40, ranks="mixed"),
+    "M1000-shuffled": dict(ids=ids_of(1000, 16), Ns=[296], K=520, R=24, L=16, ranks="mixed"),
+    "M1000-gathered": dict(ids=ids_of(1000, 100), Ns=[300, 200], K=520, R=24, L=100, ranks="mixed"),
     "M40-none": dict(ids=[-1] * 40, Ns=[256], K=256, R=16, L=2),
+}
+# Llama-3-8B: o, q/k/v, gate/up, down.
+LLAMA = {
+    "o-M16-distinct": dict(ids=list(range(16)), Ns=[4096], K=4096, R=64, L=16),
+    "qkv-M1": dict(ids=[3], Ns=[4096, 1024, 1024], K=4096, R=16, L=8),
+    "gate_up-M64": dict(ids=ids_of(64, 8), Ns=[14336, 14336], K=4096, R=16, L=8, ranks="mixed"),
+    "down-M256": dict(ids=ids_of(256, 8), Ns=[4096], K=14336, R=16, L=8),
+    "o-M256-distinct": dict(ids=list(range(256)), Ns=[4096], K=4096, R=16, L=256),
+    "qkv-M8192-segments": dict(ids=[m // 1024 for m in range(8192)], Ns=[4096, 1024, 1024], K=4096, R=64, L=8),
+    "down-M2048-shuffled": dict(ids=ids_of(2048, 8), Ns=[4096], K=14336, R=16, L=8, ranks="mixed"),
+    "o-M2048-gathered": dict(ids=ids_of(2048, 200), Ns=[4096], K=4096, R=16, L=200),
 }
 DTYPES = {"bf16": (bf16, None), "fp16": (fp16, None), "fp32": (fp32, None), "bf16-fp32_pools": (bf16, fp32)}
 
@@ -61,12 +73,26 @@ def test_matches_float64_and_repeats(name, dtypes, invariant):
         assert torch.equal(linear(b, meta), y)
 
 
-@pytest.mark.parametrize("M", [17, 300], ids=["decode", "segments"])
-def test_sanitize_both_forms(M):
-    """Small, with tails in every direction, for compute-sanitizer."""
-    b = Batch.random(ids=ids_of(M, 5), Ns=[200, 72], K=264, R=24, L=5, dtype=bf16, device="cuda", ranks="mixed")
+@pytest.mark.parametrize("name", LLAMA)
+def test_llama_sizes(name):
+    b = Batch.random(dtype=bf16, device="cuda", bias=False, **LLAMA[name])
+    meta = BatchMeta(b.ids, b.pools_a[0].shape[0])
+    y = linear(b, meta)
+    b.assert_close(y)
+    for _ in range(100):
+        assert torch.equal(linear(b, meta), y)
+
+
+@pytest.mark.parametrize(("M", "Ns"), [(17, [200, 72]), (300, [200]), (300, [200, 72])], ids=["decode", "tma", "gathered"])
+def test_sanitize_every_form(M, Ns):
+    """Small, with tails in every direction, forward and backward with dropout, for compute-sanitizer."""
+    b = Batch.random(ids=ids_of(M, 5), Ns=Ns, K=264, R=24, L=5, dtype=bf16, device="cuda", ranks="mixed")
     for _ in range(2):  # the second finds the counters as the first left them
         b.assert_close(linear(b))
+    pools = [t.clone().requires_grad_() for t in (*b.pools_a, *b.pools_b)]
+    trained = b.replace(x=b.x.clone().requires_grad_(), pools_a=pools[: len(Ns)], pools_b=pools[len(Ns) :])
+    linear(trained, dropout_p=0.3, seed=1).sum().backward()
+    assert all(t.grad.isfinite().all() for t in (trained.x, *pools))
 
 
 @pytest.mark.parametrize("M", [64, 1000])
@@ -101,43 +127,79 @@ def test_shrink_and_expand(M):
     assert not h[:, b.ids < 0].any()
 
 
-@pytest.mark.parametrize("M", [64, 1000])
-def test_gradients(M):
-    b = Batch.random(ids=ids_of(M, 5), Ns=[200, 72], K=264, R=24, L=5, dtype=bf16, device="cuda", ranks="mixed")
-    dy = torch.randn(M, 272, device="cuda", dtype=bf16)
+TRAINING = {
+    "M64": dict(ids=ids_of(64, 5), Ns=[200, 72], K=264, R=24, L=5, ranks="mixed"),
+    "M1000": dict(ids=ids_of(1000, 5), Ns=[200, 72], K=264, R=24, L=5, ranks="mixed"),
+    "M1000-gathered": dict(ids=ids_of(1000, 70), Ns=[200], K=264, R=24, L=70, ranks="mixed"),
+    "M8192-one_adapter": dict(ids=[0] * 8192, Ns=[1024], K=1024, R=64, L=1),
+    "M8192-skewed": dict(ids=[0] * 6000 + [2] + [1] * 2000 + [3] * 190 + [-1], Ns=[512], K=1024, R=16, L=4),
+}
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("name", TRAINING)
+def test_gradients(name, dropout):
+    b = Batch.random(dtype=bf16, device="cuda", **TRAINING[name])
+    S, L = len(b.weights), b.pools_a[0].shape[0]
+    p = torch.tensor([0.1, 0.0, 0.5, 1.0, 0.05], device="cuda").repeat(14)[:L] if dropout else None
+    dy = torch.randn(len(b.ids), sum(w.shape[0] for w in b.weights), device="cuda", dtype=bf16)
 
     def grads(backend, dtype=bf16):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (b.x, *b.pools_a, *b.pools_b)]
-        cast = lambda ts: [t.to(dtype) for t in ts]
-        weight, bias = torch.cat(cast(b.weights)), torch.cat(cast(b.biases))
-        y = lora_batched_linear(leaves[0], weight, bias, leaves[1:3], leaves[3:], b.ids, b.ranks, b.scalings, backend=backend, strict=True)
+        weight, bias = torch.cat(b.weights).to(dtype), torch.cat(b.biases).to(dtype)
+        pools = leaves[1 : 1 + S], leaves[1 + S :]
+        options = dict(backend=backend, strict=True, dropout_p=p, seed=5)
+        y = lora_batched_linear(leaves[0], weight, bias, *pools, b.ids, b.ranks, b.scalings, **options)
         y.backward(dy.to(dtype))
-        return [t.grad for t in leaves]
+        return [y.detach(), *(t.grad for t in leaves)]
 
-    got, again, eager, exact = grads("triton"), grads("triton"), grads("reference"), grads("reference", torch.float64)
-    for g, second, e, x64 in zip(got, again, eager, exact, strict=True):
-        assert torch.equal(g, second)
+    got, eager, exact = grads("triton"), grads("reference"), grads("reference", torch.float64)
+    for g, e, x64 in zip(got, eager, exact, strict=True):
         assert testing.error_ratio(g, e, x64) <= testing.ALLOWED_RATIO
+    for _ in range(10):
+        assert all(torch.equal(*pair) for pair in zip(got, grads("triton"), strict=True))
 
 
-def test_metadata_needs_no_host_synchronisation():
-    """Metadata and both forms of the layer under CUDA's own check."""
-    for M in (64, 1000):
-        b = Batch.random(ids=ids_of(M, 8), Ns=[512], K=512, R=16, L=8, dtype=bf16, device="cuda")
-        linear(b, BatchMeta(b.ids, 8))  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            meta = BatchMeta(b.ids, 8)
-            linear(b, meta)
-            meta.update_(b.ids)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        cpu = b.replace(ids=b.ids.cpu()).ids
-        at = _batch_table.layout(M, 8, meta.block)
-        assert torch.equal(meta.table.cpu(), _batch_table.build(cpu, 8, meta.block, cpu.new_empty(at.size)))
+def test_keep_mask_is_the_references():
+    b = Batch.random(ids=ids_of(500, 5), Ns=[64], K=200, R=8, L=5, dtype=bf16, device="cuda")
+    p, seed = torch.tensor([0.3, 0.0, 0.5, 1.0, 1e-5]), torch.tensor([0x123456789ABCDEF])
+    meta = BatchMeta(b.ids, 5)
+    args = (*b.base, None, None, p.cuda(), seed.cuda(), meta.table, meta.block, False, False)
+    mask = torch.ops.lora_kernels.lora_batched_fwd.default(*args, "triton", True)[2]
+    assert torch.equal(mask.cpu(), reference_batched._keep_mask(b.ids.cpu(), list(range(5)), p, seed, 500, 200))
 
 
-@pytest.mark.parametrize("M", [16, 64, 1000])
+@pytest.mark.parametrize("L", [8, 300])
+@pytest.mark.parametrize("M", [1, 256, 257, 8192, 65536])
+def test_table_is_pytorchs(M, L):
+    ids = torch.tensor(ids_of(M, L), dtype=torch.int32)
+    meta = BatchMeta(ids.cuda(), L)
+    size = _batch_table.layout(M, L, meta.block).size
+    assert torch.equal(meta.table.cpu(), _batch_table.build(ids, L, meta.block, ids.new_empty(size)))
+
+
+@pytest.mark.parametrize("M", [64, 1000])
+def test_needs_no_host_synchronisation(M):
+    """Metadata, forward, and forward + backward with dropout, under CUDA's own check."""
+    b = Batch.random(ids=ids_of(M, 8), Ns=[512], K=512, R=16, L=8, dtype=bf16, device="cuda")
+    trained = b.replace(x=b.x.clone().requires_grad_(), pools_a=[b.pools_a[0].clone().requires_grad_()])
+    p = torch.full((8,), 0.1, device="cuda")
+
+    def everything():
+        meta = BatchMeta(b.ids, 8)
+        linear(b, meta)
+        linear(trained, meta, dropout_p=p).sum().backward()
+        meta.update_(b.ids)
+
+    everything()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("M", [16, 64, 1000, 4096])
 def test_one_graph_serves_every_mix(M):
     """Captured with one mix, replayed with others: same bits as eager, many times, the counters back at zero each time."""
     b = Batch.random(ids=ids_of(M, 8), Ns=[1024], K=1024, R=16, L=8, dtype=bf16, device="cuda", ranks="mixed")

@@ -97,6 +97,17 @@ def test_batch_invariant_ignores_M():
         assert torch.equal(part, full[rows])
 
 
+def test_serving_calls_are_the_op():
+    """Weight and bias stacked or as lists, x of more dimensions, ranks of all slices in one row: the op's bits."""
+    b = Batch.random(**CASES["bf16-three_slices"], ranks=[16, 3, 8, 0, 5])
+    table, block = b.table(block=64)
+    args = (b.x, *b.base[1:], b.ranks, b.scalings, None, None, table, block, False, False)
+    y = batched.lora_batched_fwd(*args)[0]
+    call = batched.lora_batched_fwd.prepare_serving((1, 17), *args)
+    for weight, bias in ((b.weights, b.biases), (torch.cat(b.weights), torch.cat(b.biases))):
+        assert torch.equal(call(b.x[None], weight, bias, b.pools_a, b.pools_b, b.ids, b.ranks[0].contiguous(), b.scalings, table), y[None])
+
+
 def test_rank_packed_slices():
     """SGLang's layout: slice i of an adapter of rank r in rows i r ... (i + 1) r of one pool."""
     b = Batch.random(ids=MIXED, Ns=[24, 40], K=72, R=16, L=5, dtype=bf16, ranks=[16, 3, 8, 0, 5])
@@ -165,11 +176,14 @@ def test_gradients_in_chunks(monkeypatch):
     monkeypatch.setattr(batched_reduce, "FEWEST_ROWS", 64)
     ids = torch.tensor(([0] * 7 + [1] + [3] * 3) * 40)[torch.randperm(440, generator=torch.Generator().manual_seed(1))]
     b = Batch.random(ids=ids.tolist(), Ns=[40], K=72, R=16, L=4, dtype=bf16, ranks=[16, 9, 5, 16])
+    apart = lambda t: torch.stack([t, t], 1)[:, 1]  # no two adapters, or rows of x, behind each other
+    b = b.replace(x=apart(b.x), pools_a=[apart(b.pools_a[0])], pools_b=[apart(b.pools_b[0])])
     dy = torch.randn(440, 40).to(bf16)
     got, eager, exact = gradients(batched, b, dy), gradients(reference_batched, b, dy), gradients(reference_batched, b, dy, None, torch.float64)
-    for what in ("dA0", "dB0"):
-        assert testing.error_ratio(got[what], eager[what], exact[what]) <= testing.ALLOWED_RATIO
-        assert not got[what][2].any()
+    for what in ("dx", "dA0", "dB0"):
+        assert testing.error_ratio(got[what], eager[what], exact[what]) <= testing.ALLOWED_RATIO, what
+    assert not got["dA0"][2].any()
+    assert not got["dB0"][2].any()
     others = b.replace(ids=torch.where(b.ids == 1, -1, torch.where(b.ids == 3, 2, b.ids)))
     for what in ("dA0", "dB0"):
         assert torch.equal(gradients(batched, others, dy)[what][0], got[what][0])

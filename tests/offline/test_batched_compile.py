@@ -103,7 +103,7 @@ def test_compiles_within_the_chip(call: Call) -> None:
 
 
 def test_prefill_takes_the_form_that_static_facts_name() -> None:
-    """TMA on Hopper and up for up to 64 adapters, else gathered rows: never by the mix, which is not known here."""
+    """TMA on Hopper and up for up to 16 adapters, else gathered rows: never by the mix, which is not known here."""
 
     def kernels(**changes) -> set[str]:
         call = replace(Call("forward", 8192, arch=90), **changes)
@@ -111,5 +111,5 @@ def test_prefill_takes_the_form_that_static_facts_name() -> None:
 
     assert kernels() == {"shrink_kernel", "segmented_tma_kernel"}
     assert kernels(Ns=(4096, 1024, 1024)) == {"shrink_kernel", "segmented_tma_kernel"}
-    for gathered in (dict(arch=80), dict(L=65), dict(dtype=fp32), dict(K=4095), dict(Ns=(4096, 1000, 1000)), dict(invariant=True)):
+    for gathered in (dict(arch=80), dict(L=17), dict(dtype=fp32), dict(K=4095), dict(Ns=(4096, 1000, 1000)), dict(invariant=True)):
         assert kernels(**gathered) == {"shrink_kernel", "batched_linear_kernel"}, gathered

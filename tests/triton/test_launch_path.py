@@ -134,6 +134,23 @@ with torch.no_grad():
 """)
 
 
+def test_serving_calls_launch_once_and_nothing_more() -> None:
+    """`lora_batched_linear` with shared metadata: q/k/v in one launch; a decode step needs no other."""
+    in_own_process("""
+from lora_kernels.kernels import batched_table
+from lora_kernels import _batch_table
+from lora_kernels.ops.batch_meta import BatchMeta
+meta = BatchMeta(torch.arange(64, dtype=torch.int32) % 8, 8)
+meta.table = batched_table.build(meta.ids, 8, meta.block, meta.ids.new_empty(_batch_table.layout(64, 8, meta.block).size))
+x, w, pools_a, pools_b = empty(64, 80), empty(96, 80), [empty(8, 16, 80)] * 3, [empty(8, 32, 16)] * 3
+with torch.no_grad():
+    for _ in range(3):
+        start = cuda.launches
+        lk.lora_batched_linear(x, w, None, pools_a, pools_b, meta, backend="triton", strict=True)
+        assert cuda.launches == start + 1
+""")
+
+
 def test_workspace_is_one_per_stream_and_grows() -> None:
     in_own_process("""
 cpu = torch.device("cpu")

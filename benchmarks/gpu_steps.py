@@ -77,9 +77,8 @@ def steps(python: str, out: Path, results: Path, wheels: Path | None) -> list[St
         Step("cuda-forms", [python, "benchmarks/cuda_forms.py", "--seconds", "{seconds}"], 35),
         Step("plans", [*tune, "--seconds", "{seconds}"], 56),
         Step("layers", [*bench, "--suite", "linear"], 82),
-        Step("batched", [*batched, str(results / "batched_grid.json")], 42),
+        Step("batched", [*batched, str(results / "batched_grid.json")], 54),
         Step("passes", [python, "benchmarks/rank_passes.py"], 14),
         Step("host", [*host, f"--benchmark-json={results / 'host.json'}"], 16),
-        Step("batched-none", [*batched, str(results / "batched_none.json"), "--none", "--quick"], 12),
         Step("training", [*bench, "--suite", "steps", "--suite", "batched"], 34),
     ]

@@ -72,7 +72,7 @@ def test_limits_fit_the_time_of_the_whole(found):
 
 
 def test_nothing_runs_beside_a_step_that_takes_times(found):
-    timed = {"cuda-forms", "plans", "layers", "batched", "passes", "host", "batched-none", "training"}
+    timed = {"cuda-forms", "plans", "layers", "batched", "passes", "host", "training"}
     for group in gpu_run.groups(found):
         names = {step.name for step in group}
         assert not names & timed or len(names) == 1
@@ -114,7 +114,7 @@ def test_a_machine_without_sanitizers_says_so(tmp_path, monkeypatch):
 def test_the_steps_options_are_known(tmp_path):
     """Whatever a step runs must at least know its options: each is asked for help, with all of its options before."""
     found = gpu_steps.steps(sys.executable, tmp_path, tmp_path, None)
-    asked = [step for step in found if step.name in ("plans-compile", "plans", "layers", "batched", "batched-none", "training", "cuda-forms")]
+    asked = [step for step in found if step.name in ("plans-compile", "plans", "layers", "batched", "training", "cuda-forms")]
     options = dict(cwd=ROOT, env=gpu_run.environment(tmp_path, "9.0"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     running = [subprocess.Popen([*(word.format(seconds=1, minutes=1) for word in step.command), "--help"], **options) for step in asked]
     for step, process in zip(asked, running, strict=True):

@@ -54,25 +54,44 @@ struct Rows {  // the row tile's operand as the micro kernel wants it: in place,
 constexpr int MAX_ROWS = MICRO_ROWS[1] > MICRO_ROWS[NV] ? MICRO_ROWS[1] : MICRO_ROWS[NV];
 LK_INLINE int64_t even_up(int64_t a) { return (a + 1) / 2 * 2; }
 
+// c [NP] += h B for one row and a panel of packed B: the whole panel at once, so that enough sums are in flight.
+template <class T>
+void add_rank_row(const typename PanelStep<T>::X* h, const float* packed, int64_t R, float* c) {
+  using P = PanelStep<T>;
+  const int64_t steps = R / P::PAIR, depth = ceil_div(R, P::PAIR);
+  for (int64_t r0 = 0; r0 < depth; r0 += CHAIN<T>) {
+    V acc[NP / L];
+#pragma GCC unroll 16
+    for (int v = 0; v < NP / L; v++) acc[v] = zero();
+    for (int64_t r = r0; r < min(r0 + CHAIN<T>, steps); r++)
+#pragma GCC unroll 16
+      for (int v = 0; v < NP / L; v++) acc[v] = P::step(acc[v], load(packed + (v / NV * depth + r) * SW + v % NV * L), h + r * P::PAIR);
+    if (depth > steps && r0 + CHAIN<T> >= depth)
+#pragma GCC unroll 16
+      for (int v = 0; v < NP / L; v++) acc[v] = P::half_step(acc[v], load(packed + (v / NV * depth + steps) * SW + v % NV * L), h + steps * P::PAIR);
+#pragma GCC unroll 16
+    for (int v = 0; v < NP / L; v++) store(c + v * L, add(load(c + v * L), acc[v]));
+  }
+}
+
 // The rank terms of many adapters, onto the finished base in C: each row alone, so that its bits do not depend on its neighbours.
 template <class T>
 void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, float* pb, float* hs, float* C) {
-  using P = PanelStep<T>;
-  NextBlock none;
+  const int64_t row_bytes = a.b.ld * static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < a.segment_count; i++) {
     const lk::Segment& s = a.segments[i];
-    const int64_t R = s.adapter.R, RD = ceil_div(R, P::PAIR);
+    const int64_t R = s.adapter.R;
     if (!R || s.rows[s.count - 1] < m0 || s.rows[0] >= m1) continue;
-    pack_nt<T>(static_cast<const T*>(s.adapter.b) + n * a.b.ld, a.b.ld, cols, 0, RD, R, pb, RD);
+    if (i + 1 < a.segment_count) {  // the next adapter's rows of this panel come while this one is worked on
+      const char* next = static_cast<const char*>(a.segments[i + 1].adapter.b) + n * row_bytes;
+      for (int64_t j = 0; j < cols * row_bytes; j += 64) prefetch(next + j);
+    }
+    pack_nt<T>(static_cast<const T*>(s.adapter.b) + n * a.b.ld, a.b.ld, cols, 0, ceil_div(R, PanelStep<T>::PAIR), R, pb,
+               ceil_div(R, PanelStep<T>::PAIR));
     for (int64_t j = 0; j < s.count; j++) {
       const int64_t m = s.rows[j];
       if (m < m0 || m >= m1) continue;
-      const auto* h = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, 1, R, hs, 0);
-      for (int64_t sub = 0; sub * SW < cols; sub++) {
-        const Strip<T> strip = {h, 0, pb + sub * RD * SW, R / P::PAIR, R % P::PAIR != 0};
-        micro_width<T, NV>(static_cast<int>(min(ceil_div(cols - sub * SW, L), NV)), 1, {}, strip, a, m, n, {C + (m - m0) * NP + sub * SW, NP}, true,
-                           none);
-      }
+      add_rank_row<T>(Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, 1, R, hs, 0), pb, R, C + (m - m0) * NP);
     }
   }
 }

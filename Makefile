@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | gpu | oracles | sanitize | readme-figures | clean. Each makes its own .venv from the lock the first time.
+# make demo | test | lint | bench | gpu | oracles | sanitize | cross | readme-figures | clean. Each makes its own .venv from the lock the first time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench gpu oracles sanitize readme-figures lint format clean
+.PHONY: demo test bench gpu oracles sanitize cross readme-figures lint format clean
 .DEFAULT_GOAL := test
 
 # ---- environment ----------------------------------------------------------------------------------------------------------
@@ -50,6 +50,10 @@ oracles: $(VENV)/.ready
 
 sanitize: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/sanitize/run.sh
+
+# aarch64 by a cross compiler, run under qemu; both from the distribution, no environment needed.
+cross:
+	sh tests/sanitize/cross.sh
 
 # ---- upkeep ---------------------------------------------------------------------------------------------------------------
 

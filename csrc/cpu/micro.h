@@ -62,7 +62,7 @@ LK_INLINE void put(V (&acc)[MR][W], Tile c, bool more) {
 
 // fp32 results need shorter chains than K: partial sums of CHAIN_F32 terms are added up. The rounding of 16-bit results hides a chain's error.
 template <class T>
-constexpr int64_t CHAIN = same<T, float> ? CHAIN_F32 : KC;
+constexpr int64_t CHAIN = same<T, float> ? CHAIN_F32 : MOST_DEEP;
 
 // One micro tile: MR rows by W vectors, added to what c holds of earlier k.
 // Every loop over acc is unrolled whole: one index known only at run time and the compiler keeps all of it in memory.

@@ -3,6 +3,7 @@
 
 namespace {
 constexpr int64_t NP = lk::kPanel, SW = NV * L, SUBS = NP / SW;  // a panel is SUBS sub-panels of SW columns
+constexpr int64_t MOST_DEEP = KC + KC / 4;                       // lanes along k of one block
 
 // Walks the lines of the next block of W, a few every 16 steps, so that memory is read while the arithmetic runs.
 struct NextBlock {

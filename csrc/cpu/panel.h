@@ -96,11 +96,17 @@ void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, i
   }
 }
 
+// Lanes along k of one block: a broad block's share, else even blocks of whole chains, so that the last is no sliver.
+LK_INLINE int64_t block_depth(const lk::PanelArgs& a, int64_t KD) {
+  if (a.broad) return KC / lk::kBroad;
+  const int64_t blocks = ceil_div(KD, MOST_DEEP);
+  return blocks > 1 ? ceil_div(ceil_div(KD, blocks), CHAIN_F32) * CHAIN_F32 : MOST_DEEP;
+}
 int64_t rank_floats(const lk::PanelArgs& a) { return even_up(a.R > a.segment_R ? a.R : a.segment_R) * (a.broad ? lk::kBroad : 1) * NP; }
 
 // packed base block | packed rank block | C [rows, columns] | widened x tile | widened h tile
 int64_t panel_floats(const lk::PanelArgs& a, int64_t rows) {
-  return KC * NP + rank_floats(a) + (rows + MAX_ROWS) * (a.broad ? lk::kBroad : 1) * NP + MAX_ROWS * (KC + L + a.R + a.segment_R + L);
+  return MOST_DEEP * NP + rank_floats(a) + (rows + MAX_ROWS) * (a.broad ? lk::kBroad : 1) * NP + MAX_ROWS * (MOST_DEEP + L + a.R + a.segment_R + L);
 }
 
 template <class T, class OT>
@@ -108,8 +114,8 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
   using P = PanelStep<T>;
   constexpr bool in_place = same<T, typename P::X>;
   const int64_t n = p0 * NP, cols = min(a.N, p1 * NP) - n, ldc = (p1 - p0) * NP, KD = ceil_div(a.K, P::PAIR), RD = ceil_div(a.R, P::PAIR);
-  const int64_t deepest = a.broad ? KC / lk::kBroad : KC;
-  float *pa = ws, *pb = pa + KC * NP, *C = pb + rank_floats(a), *xs = C + (m1 - m0 + MAX_ROWS) * ldc, *hs = xs + MAX_ROWS * (KC + L);
+  const int64_t deepest = block_depth(a, KD);
+  float *pa = ws, *pb = pa + MOST_DEEP * NP, *C = pb + rank_floats(a), *xs = C + (m1 - m0 + MAX_ROWS) * ldc, *hs = xs + MAX_ROWS * (MOST_DEEP + L);
   const T* w = static_cast<const T*>(a.w.p) + (a.nt ? n * a.w.ld : n);
   if (a.R) {
     const T* b = static_cast<const T*>(a.b.p) + (a.nt ? n * a.b.ld : n);
@@ -137,12 +143,12 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
     for (int64_t i = 0, m = m0; i < tiles; i++) {
       const int rows = static_cast<int>((m1 - m0) * (i + 1) / tiles - (m - m0));  // even tiles instead of a short last one
       const int64_t K = min((k1 - k0) * P::PAIR, a.K - k0 * P::PAIR);
-      const auto* x = Rows<T>::get(static_cast<const T*>(a.x.p) + m * a.x.ld + k0 * P::PAIR, a.x.ld, rows, K, xs, KC + L);
+      const auto* x = Rows<T>::get(static_cast<const T*>(a.x.p) + m * a.x.ld + k0 * P::PAIR, a.x.ld, rows, K, xs, MOST_DEEP + L);
       const auto* h = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, rows, rank ? a.R : 0, hs, a.R + L);
       const Tile c = {whole ? C + (m - m0) * ldc : C, ldc};  // finished tiles are stored at once, so one place that stays in L1 does
       for (int64_t s = 0; s * SW < cols; s++) {
         const Strip<T> rank_strip = {h, in_place ? a.h.ld : a.R + L, rank ? pb + s * RD * SW : nullptr, a.R / P::PAIR, a.R % P::PAIR != 0};
-        const Strip<T> base_strip = {x, in_place ? a.x.ld : KC + L, pa + s * depth * SW, depth - odd, odd};
+        const Strip<T> base_strip = {x, in_place ? a.x.ld : MOST_DEEP + L, pa + s * depth * SW, depth - odd, odd};
         const int width = static_cast<int>(min(ceil_div(cols - s * SW, L), NV));
         for (int r = 0; r < rows;) {  // a narrower sub-panel takes more rows at once, a wider one fewer
           const int part = static_cast<int>(min(rows - r, MICRO_ROWS[width]));

@@ -27,7 +27,7 @@ LK_INLINE void wide_group(int64_t M, const T* x, int64_t ldx, const T* w, int64_
 #pragma GCC unroll 8
     for (int g = 0; g < G; g++) {
       const T* row = w + g * PAIR * ldw + c;
-      if (FULL)  // the next group's rows come while this one's arithmetic runs: half the time at 1 to 16 rows on Zen 3
+      if (FULL)  // the next group's rows come while this one's arithmetic runs; dx takes half the time on Zen 3 (docs/measured.md)
         for (int i = 0; i < PAIR; i++)
           for (int j = 0; j < 2 * L; j += LINE) prefetch(row + (G * PAIR + i) * ldw + j);
       if (FULL && cols - c >= 2 * L)

@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | gpu | oracles | sanitize | emulate | readme-figures | clean. Each makes its own .venv from the lock the first time.
+# make demo | test | lint | bench | gpu | oracles | sanitize | emulate | cross | readme-figures | clean. Each makes its own .venv the first time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench gpu oracles sanitize emulate readme-figures lint format clean
+.PHONY: demo test bench gpu oracles sanitize emulate cross readme-figures lint format clean
 .DEFAULT_GOAL := test
 
 # ---- environment ----------------------------------------------------------------------------------------------------------
@@ -55,6 +55,10 @@ sanitize: $(VENV)/.deps
 emulate: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/emulate/build.py
 	PYTHONPATH=build/emulate $(BIN)/pytest -q -n 2 -k avx512 tests/test_native_cpu.py tests/test_native_cpu_batched.py tests/test_native_cpu_batched_ops.py
+
+# aarch64 by a cross compiler, run under qemu; both from the distribution, no environment needed.
+cross:
+	sh tests/sanitize/cross.sh
 
 # ---- upkeep ---------------------------------------------------------------------------------------------------------------
 

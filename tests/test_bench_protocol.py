@@ -82,7 +82,7 @@ def _entry(us: float, base: float) -> dict:
 def _results(folder, ours: float = 120.0):
     """Synthetic results files: made-up figures, in a temporary folder only."""
     where = {"date": "2026-01-02T03:04:05+00:00", "commit": "0123456789ab", "threads": 2, "versions": {"torch": "2.x"}}
-    where["device"] = {"type": "cpu", "name": "Some CPU"}
+    where |= {"device": {"type": "cpu", "name": "Some CPU"}, "cpu": {"isa": "sse9"}}
     linear, batched = shapes.quick()
     for suite, cases in (("linear", linear), ("batched", batched)):
         writer = records.Writer(folder, suite, where, {})
@@ -165,6 +165,17 @@ def test_quick_results_never_overwrite_full_ones():
     assert run.default_folder(cpu, quick=True) != run.default_folder(cpu, quick=False)
 
 
+def test_instruction_sets_of_one_cpu_name_do_not_share_a_folder(monkeypatch):
+    import torch
+
+    folders = set()
+    for isa in ("avx2", "avx512_bf16"):
+        monkeypatch.setattr(provenance, "cpu_isa", lambda isa=isa: isa)
+        folders.add(provenance.folder_name(torch.device("cpu")))
+    assert len(folders) == 2
+    assert any("-avx512-bf16-" in name for name in folders)
+
+
 # ------------------------------------------------------------------------------------------------------------------ figures
 
 PAGE = "# Title\n<!-- figure cpu linear speedup -->\nold\n<!-- /figure -->\ntext\n<!-- figure cpu batched decode --><!-- /figure -->\n"
@@ -175,6 +186,7 @@ def test_figures_follow_the_results(tmp_path):
     page = figures.filled(PAGE, tmp_path)
     assert "3.33×" in page  # 400 / 120
     assert "old" not in page
+    assert "Some CPU, sse9, 2 threads" in page
     assert page.startswith("# Title\n") and "\ntext\n" in page  # noqa: PT018
     assert figures.filled(page, tmp_path) == page
     data = json.loads((tmp_path / "cpu" / "linear.json").read_text())

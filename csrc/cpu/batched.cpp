@@ -16,47 +16,59 @@ void batched_mask(uint64_t seed, int64_t M, int64_t K, int64_t L, const int32_t*
   });
 }
 
-void lora_batched_fwd(const Batched& b) {
-  const Kernels& k = kernels();
-  if (b.M == 0) return;
-  const Order order(b.ids, b.M, b.L);
-  const auto rank = [&](int64_t l) { return rank_of(b, l); };
-  const Matrices A = a_of(b, k, order), B = b_of(b, k, order);
+namespace {
 
-  // shrink: runs of neighbouring rows with one adapter, in pieces of rows x 8 ranks
+// h = s x A^T: the rows of one adapter together, wherever they lie, so that its A is read once for up to kRows of them
+void shrink(const Kernels& k, const Batched& b, const Order& order, const Matrices& A) {
   struct Piece {
-    int64_t m, rows, r0, r1;
+    int64_t l, first, rows, r0, r1;
   };
   constexpr int64_t kRows = 16, kRanks = 8;
   std::vector<Piece> pieces;
   int64_t work = 0;
-  for (int64_t m = 0; m < b.M;) {
-    int64_t end = m + 1;
-    while (end < b.M && end - m < kRows && b.ids[end] == b.ids[m]) end++;
-    if (present(b.ids[m], b.L)) {
-      const int64_t R = rank(b.ids[m]), step = end - m >= 4 ? R : kRanks;
-      for (int64_t r = 0; r < R; r += step) pieces.push_back({m, end - m, r, std::min(R, r + step)});
-      work += (end - m) * R * b.K;
+  for (const int32_t l : order.adapters) {
+    const int64_t R = rank_of(b, l), most = drops(b, l) ? 1 : kRows;  // keep masks lie by row
+    for (int64_t i = 0; i < order.count(l); i += most) {
+      const int64_t rows = std::min(most, order.count(l) - i), step = rows >= 4 ? R : kRanks;
+      for (int64_t r = 0; r < R; r += step) pieces.push_back({l, i, rows, r, std::min(R, r + step)});
     }
-    m = end;
+    work += order.count(l) * R * b.K;
   }
   parallel(static_cast<int64_t>(pieces.size()), threads_for(work, b.threads), [&](int64_t i0, int64_t i1, int) {
+    const Scratch out(static_cast<size_t>(kRows * b.R * size_of(b.type)));
     for (int64_t i = i0; i < i1; i++) {
       const Piece& p = pieces[static_cast<size_t>(i)];
-      const int32_t l = b.ids[p.m];
+      const int32_t* rows = order.of(p.l) + p.first;
+      const Gathered x(b.type, b.x, rows, p.rows, b.K);
+      const bool in_place = p.rows == 1;
       DotArgs d{};
-      d.M = p.rows, d.K = b.K, d.x = {offset(b.x.p, b.type, p.m * b.x.ld), b.x.ld}, d.w = {A.at[static_cast<size_t>(l)], A.ld};
-      d.alpha = scale_of(b, l) * keep_scale_of(b, l), d.out = {offset(b.h.p, b.type, p.m * b.h.ld), b.h.ld};
-      if (drops(b, l)) d.keep = {b.mask + p.m * ((b.K + 31) / 32), (b.K + 31) / 32};
+      d.M = p.rows, d.K = b.K, d.x = x.in, d.w = {A.at[static_cast<size_t>(p.l)], A.ld};
+      d.alpha = scale_of(b, p.l) * keep_scale_of(b, p.l);
+      d.out = in_place ? Out{offset(b.h.p, b.type, rows[0] * b.h.ld), b.h.ld} : Out{out.as<void>(), b.R};
+      if (drops(b, p.l)) d.keep = {b.mask + rows[0] * ((b.K + 31) / 32), (b.K + 31) / 32};
       k.dot(b.type, d, p.r0, p.r1);
+      for (int64_t j = 0; j < p.rows && !in_place; j++)
+        std::memcpy(offset(b.h.p, b.type, rows[j] * b.h.ld + p.r0), offset(out.as<void>(), b.type, j * b.R + p.r0),
+                    static_cast<size_t>((p.r1 - p.r0) * size_of(b.type)));
     }
   });
+}
 
+}  // namespace
+
+void lora_batched_fwd(const Batched& b) {
+  const Kernels& k = kernels();
+  if (b.M == 0) return;
+  const Order order(b.ids, b.M, b.L);
+  const Matrices A = a_of(b, k, order), B = b_of(b, k, order);
+
+  shrink(k, b, order, A);
   const In h = {b.h.p, b.h.ld};
   if (b.form == kInPlace) {
     std::vector<RankRow> rows(static_cast<size_t>(b.M));
     for (int64_t m = 0; m < b.M; m++)
-      rows[static_cast<size_t>(m)] = present(b.ids[m], b.L) ? RankRow{B.at[static_cast<size_t>(b.ids[m])], rank(b.ids[m])} : RankRow{nullptr, 0};
+      rows[static_cast<size_t>(m)] =
+          present(b.ids[m], b.L) ? RankRow{B.at[static_cast<size_t>(b.ids[m])], rank_of(b, b.ids[m])} : RankRow{nullptr, 0};
     DotArgs d{};
     d.M = b.M, d.K = b.K, d.x = b.x, d.w = b.w, d.h = h, d.b.ld = B.ld, d.bias = b.bias, d.alpha = 1.f, d.out = b.y, d.rows = rows.data();
     dot_product(k, b.type, d, b.N, b.threads);
@@ -65,8 +77,8 @@ void lora_batched_fwd(const Batched& b) {
   std::vector<Segment> segments;
   int64_t widest = 0;
   for (const int32_t l : order.adapters) {
-    segments.push_back({{B.at[static_cast<size_t>(l)], rank(l)}, order.of(l), order.count(l)});
-    widest = std::max(widest, rank(l));
+    segments.push_back({{B.at[static_cast<size_t>(l)], rank_of(b, l)}, order.of(l), order.count(l)});
+    widest = std::max(widest, rank_of(b, l));
   }
   PanelArgs p{};
   p.M = b.M, p.N = b.N, p.K = b.K, p.x = b.x, p.w = b.w, p.h = h, p.b.ld = B.ld, p.nt = true, p.bias = b.bias, p.alpha = 1.f, p.out = b.y;

@@ -121,7 +121,7 @@ void lora_batched_bwd(const std::vector<Batched>& slices, const std::vector<Batc
         PanelArgs p{};
         p.M = m1 - m0, p.N = cols, p.K = b.N, p.x = {offset(dy.p, type, m0 * dy.ld), dy.ld}, p.w = {offset(b.w.p, type, c), b.w.ld};
         p.alpha = 1.f, p.out = {i ? term : sum, kPanel}, p.out_f32 = true;
-        k.panel(type, p, 0, 0, p.M, ws.as<float>());
+        k.panel(type, p, 0, 1, 0, p.M, ws.as<float>());
         if (i) k.add(kF32, term, sum, p.M * kPanel);
       }
       for (const int32_t l : order.adapters) {
@@ -135,7 +135,7 @@ void lora_batched_bwd(const std::vector<Batched>& slices, const std::vector<Batc
           p.M = to - from, p.N = cols, p.R = rank_of(b, l), p.h = {g(i, row), R}, p.b = {offset(a.at[static_cast<size_t>(l)], type, c), a.ld};
           p.out_keep = mask.from(b, l, row, c), p.keep_scale = keep_scale_of(b, l), p.alpha = 1.f, p.out = {term, kPanel}, p.out_f32 = true;
           if (!p.R) continue;
-          k.panel(type, p, 0, 0, p.M, ws.as<float>());
+          k.panel(type, p, 0, 1, 0, p.M, ws.as<float>());
           for (int64_t j = 0; j < p.M; j++) k.add(kF32, term + j * kPanel, sum + (from[j] - m0) * kPanel, cols);
         }
       }

@@ -70,7 +70,7 @@ void lora_expand(const Batched& b, In h, Dtype h_type) {
         p.M = piece.count, p.N = std::min(kPanel, b.N - n), p.R = rank_of(b, piece.l), p.nt = true, p.alpha = 1.f;
         p.h = {offset(sorted.as<void>(), b.type, piece.first * b.R), b.R};
         p.b = {offset(B.at[static_cast<size_t>(piece.l)], b.type, n * B.ld), B.ld}, p.out = {update, kPanel}, p.out_f32 = true;
-        k.panel(b.type, p, 0, 0, p.M, ws.as<float>());
+        k.panel(b.type, p, 0, 1, 0, p.M, ws.as<float>());
         for (int64_t j = 0; j < p.M; j++)
           k.add(b.type, update + j * kPanel, offset(b.y.p, b.type, order.rows[static_cast<size_t>(piece.first + j)] * b.y.ld + n), p.N);
       }

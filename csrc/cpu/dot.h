@@ -7,12 +7,13 @@
 #pragma once
 
 namespace {
-constexpr int64_t PREFETCH_AHEAD = 512;  // bytes along a row of W
+constexpr int64_t PREFETCH_AHEAD = 512;  // bytes along a row of W, at its end into the same row of the next tile
 
 // Spreads the loads of the next tile's W rows over the row tiles of this one, so that memory is read while the arithmetic runs.
 struct NextRows {
   const char* p = nullptr;
   int64_t ld = 0, rows = 0, lines = 0, per_step = 0, r = 0, l = 0;
+  int64_t skip = 0;  // elements from a row to the same row of the next tile, for tiles that stream
   LK_INLINE void step(NextRows& f) {
     for (int64_t i = 0; i < f.per_step && f.r < f.rows; i++) {
       prefetch(f.p + f.r * f.ld + f.l * 64);
@@ -25,9 +26,11 @@ template <class T, int MR, int NR, bool DROP, bool STREAM>
 LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int64_t K, lk::Mask keep, int64_t m, NextRows& next) {
   using D = DotStep<T>;
   constexpr int S = D::STEP;
+  constexpr int64_t AHEAD = PREFETCH_AHEAD / static_cast<int64_t>(sizeof(T));
   int64_t k = 0;
   for (; k + S <= K; k += S) {
     typename D::X xv[MR];
+    const int64_t ahead = k + (k + AHEAD < K ? AHEAD : AHEAD - K + next.skip);
     if constexpr (!STREAM) NextRows::step(next);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
@@ -37,7 +40,7 @@ LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int6
 #pragma GCC unroll 8
     for (int j = 0; j < NR; j++) {
       const typename D::X wv = D::load(w[j] + k);
-      if constexpr (STREAM) __builtin_prefetch(reinterpret_cast<const char*>(w[j] + k) + PREFETCH_AHEAD);
+      if constexpr (STREAM) __builtin_prefetch(w[j] + ahead);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) acc[i * NR + j] = D::mac(acc[i * NR + j], xv[i], wv);
     }
@@ -101,9 +104,10 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
 
 template <class T, bool DROP>
 void dot_block(const lk::DotArgs& a, int64_t n0, int64_t n1) {
-  NextRows none;
+  NextRows none, stream;
+  stream.skip = DOT_NR1 * a.w.ld;
   if (a.M == 1) {
-    for (int64_t n = n0; n < n1; n += DOT_NR1) dot_tile<T, 1, DOT_NR1, DROP, true>(a, 0, n, n1, none);
+    for (int64_t n = n0; n < n1; n += DOT_NR1) dot_tile<T, 1, DOT_NR1, DROP, true>(a, 0, n, n1, stream);
     return;
   }
   const int64_t tiles = a.M / DOT_MR, lines = ceil_div(a.K * static_cast<int64_t>(sizeof(T)), 64);
@@ -114,6 +118,7 @@ void dot_block(const lk::DotArgs& a, int64_t n0, int64_t n1) {
               a.w.ld * static_cast<int64_t>(sizeof(T)),
               min(n1 - n - DOT_NR, DOT_NR),
               lines,
+              0,
               0,
               0,
               0};
@@ -132,12 +137,13 @@ void dot_block(const lk::DotArgs& a, int64_t n0, int64_t n1) {
 
 template <class T>
 void dot_23(const lk::DotArgs& a, int64_t n0, int64_t n1) {  // 2 or 3 rows: wider tiles keep enough accumulators in flight
-  NextRows none;
+  NextRows stream;
+  stream.skip = DOT_NR23 * a.w.ld;
   for (int64_t n = n0; n < n1; n += DOT_NR23) {
     if (a.M == 2)
-      dot_tile<T, 2, DOT_NR23, false, true>(a, 0, n, n1, none);
+      dot_tile<T, 2, DOT_NR23, false, true>(a, 0, n, n1, stream);
     else
-      dot_tile<T, 3, DOT_NR23, false, true>(a, 0, n, n1, none);
+      dot_tile<T, 3, DOT_NR23, false, true>(a, 0, n, n1, stream);
   }
 }
 

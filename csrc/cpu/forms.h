@@ -26,6 +26,7 @@ struct PanelStep {
   LK_INLINE V row(const T* p) { return ::load(p); }
   LK_INLINE V row(const T* p, int64_t n) { return ::load(p, n); }
   // two vectors: columns 0..2L-1 of one row
+  LK_INLINE void columns(const T* p, const T*, V* out) { out[0] = ::load(p), out[1] = ::load(p + L); }
   LK_INLINE void columns(const T* p, const T*, int64_t n, uint32_t bits, uint32_t, V* out) {
     out[0] = ::keep(::load(p, n), bits);
     out[1] = n > L ? ::keep(::load(p + L, n - L), bits >> L) : zero();

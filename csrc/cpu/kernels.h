@@ -65,6 +65,7 @@ struct PanelArgs {
   Out out;
   bool out_t;               // store transposed: out[n, m]
   bool out_f32;             // store fp32 instead of the operands' type
+  bool broad;               // blocks of up to kBroad panels and a kBroad-th of the depth, for few rows: whole pages of W at a time
   const Segment* segments;  // instead of b and R (b.ld is theirs), added after the base; or null
   int64_t segment_count, segment_R;
 };
@@ -78,17 +79,18 @@ struct WideArgs {
   Out out;
 };
 
-constexpr int64_t kPanel = 64;       // columns of one panel
-constexpr int64_t kWideRows = 32;    // most rows of the wide form
-constexpr int64_t kWideCols = 1024;  // most columns of one wide block
-constexpr int64_t kWideFloats = 2 * kWideRows * kWideCols;
+constexpr int64_t kPanel = 64;        // columns of one panel
+constexpr int64_t kBroad = 4;         // panels of one broad block
+constexpr int64_t kWideRows = 32;     // most rows of the wide form
+constexpr int64_t kWideBlock = 4096;  // accumulators of one wide block: 16 KiB
+constexpr int64_t kWideFloats = 2 * kWideBlock;
 
 struct Kernels {
   const char* name;
   void (*dot)(Dtype t, const DotArgs& a, int64_t n0, int64_t n1);
   int64_t (*panel_floats)(const PanelArgs& a, int64_t rows);  // workspace of one panel call over `rows` rows
-  void (*panel)(Dtype t, const PanelArgs& a, int64_t p, int64_t m0, int64_t m1, float* ws);
-  void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);  // ws: kWideFloats; c0 a multiple of 32
+  void (*panel)(Dtype t, const PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws);  // panels p0 .. p1 of rows m0 .. m1
+  void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);                            // ws: kWideFloats; c0 a multiple of 32
   void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);
   void (*cast)(Dtype to, const float* from, void* dst, int64_t n);
   void (*add)(Dtype to, const float* from, void* dst, int64_t n);  // dst += from, rounded once

@@ -53,14 +53,19 @@ struct Deal {
   int64_t units() const { return panels * chunks; }
 };
 
-// units u0..u1 of one product; neighbouring chunks of one panel are done together so that it is packed once
+// units u0..u1 of one product: whole panels together where blocks are broad, else neighbouring chunks of one panel, so that it is packed once
 inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const Deal& d, int64_t u0, int64_t u1, float* ws) {
   constexpr int64_t kTogether = 2040;
   while (u0 < u1) {
-    const int64_t p = u0 / d.chunks, c0 = u0 % d.chunks;
+    const int64_t p = u0 / d.chunks, c0 = u0 % d.chunks, panels = a.broad && c0 == 0 ? std::min(kBroad, (u1 - u0) / d.chunks) : 0;
+    if (panels > 0) {
+      k.panel(t, a, p, p + panels, 0, a.M, ws);
+      u0 += panels * d.chunks;
+      continue;
+    }
     int64_t c1 = std::min(d.chunks, c0 + (u1 - u0));
     c1 = std::min(c1, c0 + std::max<int64_t>(1, kTogether / d.rows));
-    k.panel(t, a, p, c0 * d.rows, std::min(a.M, c1 * d.rows), ws);
+    k.panel(t, a, p, p + 1, c0 * d.rows, std::min(a.M, c1 * d.rows), ws);
     u0 += c1 - c0;
   }
 }

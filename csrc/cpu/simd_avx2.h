@@ -79,7 +79,7 @@ LK_INLINE void store(T* p, V v, int64_t n) {
   for (int i = 0; i < n; i++) p[i] = part[i];
 }
 
-LK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+LK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 LK_INLINE V sums(const V* v) {  // lane i = sum of v[i]
   const V a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));

@@ -10,7 +10,7 @@ template <class T, bool FULL>
 LK_INLINE void wide_group(int64_t M, const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t left, int64_t cols, float* acc, int64_t ld) {
   using P = PanelStep<T>;
   using X = typename P::X;
-  constexpr int G = WIDE_STEPS, PAIR = P::PAIR;
+  constexpr int G = WIDE_STEPS, PAIR = P::PAIR, LINE = 64 / sizeof(T);
   alignas(64) float widened[lk::kWideRows * (G * PAIR + L)];
   const X* xs;
   int64_t xs_ld = ldx;
@@ -27,7 +27,12 @@ LK_INLINE void wide_group(int64_t M, const T* x, int64_t ldx, const T* w, int64_
 #pragma GCC unroll 8
     for (int g = 0; g < G; g++) {
       const T* row = w + g * PAIR * ldw + c;
-      if (FULL || g * PAIR + PAIR <= left)
+      if (FULL)  // the next group's rows come while this one's arithmetic runs; dx takes half the time on Zen 3 (docs/measured.md)
+        for (int i = 0; i < PAIR; i++)
+          for (int j = 0; j < 2 * L; j += LINE) prefetch(row + (G * PAIR + i) * ldw + j);
+      if (FULL && cols - c >= 2 * L)
+        P::columns(row, row + ldw, p[g]);
+      else if (FULL || g * PAIR + PAIR <= left)
         P::columns(row, row + ldw, cols - c, ALL, ALL, p[g]);
       else if (g * PAIR < left)
         P::columns(row, nullptr, cols - c, ALL, ALL, p[g]);
@@ -70,11 +75,10 @@ LK_INLINE void flush(int64_t M, int64_t cols, float* acc, float* total, int64_t 
 
 template <class T>
 void wide_of(const lk::WideArgs& a, int64_t c0, int64_t c1, float* ws) {
-  int64_t block = 4096 / a.M / 32 * 32;  // accumulators of one block: 16 KiB
-  block = block < 128 ? 128 : min(block, lk::kWideCols);
+  const int64_t block = lk::kWideBlock / a.M / 32 * 32;  // columns
   for (int64_t c = c0; c < c1; c += block) {
     const int64_t cols = min(c1 - c, block);
-    float* total = ws + lk::kWideRows * lk::kWideCols;
+    float* total = ws + lk::kWideBlock;
     for (int64_t i = 0; i < a.M * block; i += L) store(ws + i, zero()), store(total + i, zero());
     if (a.R) {
       wide_product(a.M, static_cast<const T*>(a.h.p), a.h.ld, static_cast<const T*>(a.b.p) + c, a.b.ld, a.R, cols, ws, block);

@@ -2,7 +2,7 @@
 
 A figure stands between two comments and is named by device folder, suite and producer:
 
-    <!-- figure amd-epyc-2-threads linear speedup -->
+    <!-- figure amd-epyc-avx512-bf16-2-threads linear speedup -->
     ...
     <!-- /figure -->
 """
@@ -35,7 +35,7 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 def _where(data: dict) -> str:
     source = data["provenance"]
-    device = source["device"]["name"] + (f", {source['threads']} threads" if source["device"]["type"] == "cpu" else "")
+    device = source["device"]["name"] + (f", {source['cpu']['isa']}, {source['threads']} threads" if source["device"]["type"] == "cpu" else "")
     cut = "" if data["complete"] else "; cut off before its end"
     return f"\n\n{device}; torch {source['versions']['torch']}; {source['date'][:10]}; commit {(source['commit'] or 'unknown')[:9]}{cut}."
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import _device, _env
+from ..ops import _registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
@@ -38,11 +38,16 @@ def commit() -> str | None:
     return head and head + ("+changes" if changed else "")
 
 
-@functools.cache
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use, e.g. "avx512_bf16"; without them PyTorch's."""
+    engine = _registry.provider("cpu")
+    return torch.backends.cpu.get_cpu_capability().lower() if isinstance(engine, str) else engine.isa()
+
+
 def _cpu() -> dict:
     info = Path("/proc/cpuinfo")
     mhz = re.search(r"^cpu MHz\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return {"name": _device.cpu_name(), "cores": os.cpu_count(), "isa": torch.backends.cpu.get_cpu_capability(), "mhz": mhz and mhz[1]}
+    return {"name": _device.cpu_name(), "cores": os.cpu_count(), "isa": cpu_isa(), "mhz": mhz and mhz[1]}
 
 
 def device_name(device: torch.device) -> str:
@@ -50,8 +55,8 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """The results folder: "nvidia-h200", or a CPU with its thread count, "amd-epyc-2-threads"."""
-    name = device_name(device) if device.type == "cuda" else f"{device_name(device)} {torch.get_num_threads()} threads"
+    """The results folder: "nvidia-h200"; a CPU's name does not tell its instruction set, so "amd-epyc-avx512-bf16-2-threads"."""
+    name = device_name(device) if device.type == "cuda" else f"{device_name(device)} {cpu_isa()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -1,0 +1,82 @@
+// One C++ entry of the CPU engine in CPU time of one thread, without Python: for perf, and for a change against its parent commit.
+//
+//   python setup.py build_ext --inplace
+//   g++ -std=c++17 -O2 -Icsrc benchmarks/cpu_kernels.cpp $(ls build/temp.*/*.o | grep -v bindings) -ldl -o build/cpu_kernels
+//   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels
+//
+// Weights turn through 96 MiB, so that they come from memory as in a model. Least and median of nine samples of 50 ms.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/engine.h"
+
+namespace {
+
+double seconds() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
+}
+
+std::vector<char> matrix(lk::Dtype type, int64_t n, std::mt19937& rng) {
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  std::vector<float> values(static_cast<size_t>(n));
+  for (float& v : values) v = uniform(rng);
+  std::vector<char> made(values.size() * (type == lk::kF32 ? 4 : 2));
+  if (type == lk::kF32)
+    std::memcpy(made.data(), values.data(), made.size());
+  else
+    lk::kernels().cast(type, values.data(), made.data(), n);
+  return made;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 8) return std::fprintf(stderr, "usage: %s fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels\n", argv[0]), 2;
+  const std::string mode = argv[1], type_name = argv[6];
+  const int64_t M = std::atoll(argv[2]), N = std::atoll(argv[3]), K = std::atoll(argv[4]), R = std::atoll(argv[5]), seed = 1;
+  const lk::Dtype type = type_name == "f32" ? lk::kF32 : type_name == "bf16" ? lk::kBF16 : lk::kF16;
+  const lk::Form form = std::string(argv[7]) == "panels" ? lk::kPanels : lk::kInPlace;
+  std::mt19937 rng(1);
+  std::vector<std::vector<char>> weights;
+  for (int64_t bytes = 0; bytes < 96 << 20; bytes += N * K * (type == lk::kF32 ? 4 : 2)) weights.push_back(matrix(type, N * K, rng));
+  auto x = matrix(type, M * K, rng), dy = matrix(type, M * N, rng), a = matrix(type, R * K, rng), b = matrix(type, N * R, rng);
+  auto h = matrix(type, M * R, rng), y = dy, dx = x, d_a = a, d_b = b;
+  const lk::Problem p{M, N, K, type, {{a.data(), K}, {b.data(), R}, type, type, R}, 2.f, 0, 1, form};
+  size_t turn = 0;
+  const auto run = [&] {
+    const lk::In w = {weights[turn++ % weights.size()].data(), K};
+    if (mode == "fwd") return lk::lora_linear_fwd(p, {{x.data(), K}, w, nullptr, &seed, {y.data(), N}, {h.data(), R}, nullptr});
+    const lk::Out none = {nullptr, 0};
+    lk::lora_linear_bwd(p, {{dy.data(), N},
+                            {x.data(), K},
+                            w,
+                            {h.data(), R},
+                            nullptr,
+                            none,
+                            mode == "dab" ? none : lk::Out{dx.data(), K},
+                            mode == "dx" ? none : lk::Out{d_a.data(), K},
+                            mode == "dx" ? none : lk::Out{d_b.data(), R}});
+  };
+  for (int i = 0; i < 3; i++) run();
+  double start = seconds();
+  run();
+  const int repeats = std::max(3, static_cast<int>(0.05 / (seconds() - start)));
+  std::vector<double> samples;
+  for (int s = 0; s < 9; s++) {
+    start = seconds();
+    for (int i = 0; i < repeats; i++) run();
+    samples.push_back((seconds() - start) / repeats);
+  }
+  std::sort(samples.begin(), samples.end());
+  std::printf("%s %s %s M %ld %ldx%ld R %ld %s: %.1f us, median %.1f, %.1f GFLOP/s of the base\n", lk::kernels().name, mode.c_str(), argv[6],
+              static_cast<long>(M), static_cast<long>(N), static_cast<long>(K), static_cast<long>(R), argv[7], samples[0] * 1e6, samples[4] * 1e6,
+              2e-9 * static_cast<double>(M * N * K) / samples[0]);
+}

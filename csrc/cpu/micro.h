@@ -1,0 +1,118 @@
+// The micro tile of the panel form: a few rows of x against a packed sub-panel, sums in registers.
+#pragma once
+#include "pack.h"
+
+namespace {
+template <class T>
+struct Strip {  // rows of x and a packed panel along k: `steps` whole lanes and, for an odd K, half of one more
+  const typename PanelStep<T>::X* x;
+  int64_t ld;
+  const float* panel;
+  int64_t steps;
+  bool half;
+};
+
+struct Tile {  // fp32 sums
+  float* p;
+  int64_t ld;
+};
+
+// steps k0..k1 of a strip
+template <class T, int MR, int W>
+LK_INLINE void run_strip(V (&acc)[MR][W], const Strip<T>& s, int64_t k0, int64_t k1, NextBlock& next) {
+  using P = PanelStep<T>;
+  constexpr int POINTERS = MR <= 8 ? MR : 1;  // one per row while the registers last: computed addresses cost 7 % on Zen 5
+  const typename P::X* rows[POINTERS];
+#pragma GCC unroll 8
+  for (int i = 0; i < POINTERS; i++) rows[i] = s.x + i * s.ld;
+  for (int64_t k = k0; k < k1;) {
+    NextBlock::step(next);
+    for (const int64_t end = min(k + 16, k1); k < end; k++) {
+      V w[W];
+#pragma GCC unroll 4
+      for (int v = 0; v < W; v++) w[v] = load(s.panel + k * SW + v * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < W; v++) acc[i][v] = P::step(acc[i][v], w[v], (POINTERS > 1 ? rows[i % POINTERS] : s.x + i * s.ld) + k * P::PAIR);
+    }
+  }
+  if (s.half && k1 == s.steps) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < W; v++) acc[i][v] = P::half_step(acc[i][v], load(s.panel + k1 * SW + v * L), s.x + i * s.ld + k1 * P::PAIR);
+  }
+}
+
+// c takes the accumulators, added to what it holds when `more`; they start anew
+template <int MR, int W>
+LK_INLINE void put(V (&acc)[MR][W], Tile c, bool more) {
+  if (more) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < W; v++) acc[i][v] = add(load(c.p + i * c.ld + v * L), acc[i][v]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < W; v++) store(c.p + i * c.ld + v * L, acc[i][v]), acc[i][v] = zero();
+}
+
+// fp32 results need shorter chains than K: partial sums of CHAIN_F32 terms are added up. The rounding of 16-bit results hides a chain's error.
+template <class T>
+constexpr int64_t CHAIN = same<T, float> ? CHAIN_F32 : MOST_DEEP;
+
+// One micro tile: MR rows by W vectors, added to what c holds of earlier k.
+// Every loop over acc is unrolled whole: one index known only at run time and the compiler keeps all of it in memory.
+template <class T, int MR, int W>
+void micro(const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more, NextBlock& next) {
+  V acc[MR][W];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < W; v++) acc[i][v] = zero();
+  if (rank.panel) {
+    run_strip<T, MR, W>(acc, rank, 0, rank.steps, next);
+    if (a.out_keep.p) {
+      const V scale = set1(a.keep_scale);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < W; v++) acc[i][v] = keep(mul(acc[i][v], scale), keep_bits(a.out_keep, m + i, n + v * L));
+    }
+    if (same<T, float>) put(acc, c, more), more = true;
+  }
+  int64_t k = 0;
+  do {
+    const int64_t k1 = min(k + CHAIN<T>, base.steps);
+    run_strip<T, MR, W>(acc, base, k, k1, next);
+    put(acc, c, more);
+    more = true;
+    k = k1;
+  } while (k < base.steps);
+}
+
+template <class T, int MR, int W>
+LK_INLINE void micro_rows(int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more,
+                          NextBlock& next) {
+  if constexpr (MR > 0) {
+    if (rows == MR)
+      micro<T, MR, W>(rank, base, a, m, n, c, more, next);
+    else
+      micro_rows<T, MR - 1, W>(rows, rank, base, a, m, n, c, more, next);
+  }
+}
+
+template <class T, int W>
+LK_INLINE void micro_width(int width, int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c,
+                           bool more, NextBlock& next) {
+  if constexpr (W > 0) {
+    if (width == W)
+      micro_rows<T, MICRO_ROWS[W], W>(rows, rank, base, a, m, n, c, more, next);
+    else
+      micro_width<T, W - 1>(width, rows, rank, base, a, m, n, c, more, next);
+  }
+}
+}  // namespace

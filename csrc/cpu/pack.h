@@ -1,0 +1,72 @@
+// Packing for the panel form: a block of W repacked so that one vector holds one k of many columns.
+#pragma once
+
+namespace {
+constexpr int64_t NP = lk::kPanel, SW = NV * L, SUBS = NP / SW;  // a panel is SUBS sub-panels of SW columns
+constexpr int64_t MOST_DEEP = KC + KC / 4;                       // lanes along k of one block
+
+// Walks the lines of the next block of W, a few every 16 steps, so that memory is read while the arithmetic runs.
+struct NextBlock {
+  const char* p = nullptr;
+  int64_t ld = 0, rows = 0, lines = 0, per_step = 0, r = 0, l = 0;
+  LK_INLINE void step(NextBlock& f) {
+    for (int64_t i = 0; i < f.per_step && f.r < f.rows; i++) {
+      prefetch(f.p + f.r * f.ld + f.l * 64);
+      if (++f.l == f.lines) f.l = 0, f.r++;
+    }
+  }
+};
+
+// dst[sub][k - k0][SW] <- w[n, k], lanes k0..k1 of K elements
+template <class T>
+void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth) {
+  using P = PanelStep<T>;
+  constexpr int STEP = L * P::PAIR;
+  for (int64_t g = 0; g * L < cols; g++) {
+    float* d = dst + g / NV * depth * SW + g % NV * L;
+    const int64_t valid = min(cols - g * L, L);
+    for (int64_t k = k0; k < k1; k += L) {
+      V r[L];
+      const int64_t left = K - k * P::PAIR;
+      const T* p = w + g * L * ld + k * P::PAIR;
+      if (valid == L && left >= STEP) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) r[i] = P::row(p + i * ld);
+      } else {
+        for (int i = 0; i < L; i++) r[i] = i < valid ? P::row(p + i * ld, min(left, STEP)) : zero();
+      }
+      transpose(r);
+      float* q = d + (k - k0) * SW;
+      if (k1 - k >= L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) store(q + i * SW, r[i]);
+      } else {
+        for (int i = 0; i < k1 - k; i++) store(q + i * SW, r[i]);
+      }
+    }
+  }
+}
+
+// dst[sub][k - k0][SW] <- keep(k, n) w[k, n]; n is the block's first column, for the mask
+template <class T>
+void pack_nn(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth, lk::Mask keep, int64_t n) {
+  using P = PanelStep<T>;
+  for (int64_t k = k0; k < k1; k++) {
+    const int64_t row = k * P::PAIR;
+    const bool second = P::PAIR == 2 && row + 1 < K, plain = !keep.p && (second || P::PAIR == 1);
+    const T* p = w + row * ld;
+    for (int64_t c = 0; c < cols; c += 2 * L) {
+      V v[2];
+      if (plain && c + 2 * L <= cols) {
+        P::columns(p + c, p + ld + c, v);
+      } else {
+        const uint32_t p_bits = keep.p ? keep_bits(keep, row, n + c) : ALL, q_bits = keep.p && second ? keep_bits(keep, row + 1, n + c) : ALL;
+        P::columns(p + c, second ? p + ld + c : nullptr, cols - c, p_bits, q_bits, v);
+      }
+      float* d = dst + c / SW * depth * SW + (k - k0) * SW + c % SW;
+      store(d, v[0]);
+      store(d + L, v[1]);
+    }
+  }
+}
+}  // namespace

@@ -51,7 +51,7 @@ oracles: $(VENV)/.ready
 sanitize: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/sanitize/run.sh
 
-# The AVX-512 kernels on a CPU without AVX-512: their tests, on emulated instructions (Debian's libsimde-dev), in about 10 minutes.
+# The AVX-512 kernels on a CPU without AVX-512: their tests, on emulated instructions (Debian's libsimde-dev), in under 2 minutes.
 emulate: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/emulate/build.py
 	PYTHONPATH=build/emulate $(BIN)/pytest -q -n 2 -k avx512 tests/test_native_cpu.py tests/test_native_cpu_batched.py tests/test_native_cpu_batched_ops.py

@@ -16,7 +16,13 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
 import native_build  # noqa: E402
 
-EMULATED = ["-O1", "-DSIMDE_NO_NATIVE", f"-I{HERE}"]  # -O3 takes gcc 12 several minutes on 1500 lines of emulation in every tile
+EMULATED = [
+    "-O1",
+    "-Wno-ignored-attributes",
+    "-Wno-psabi",
+    "-DSIMDE_NO_NATIVE",
+    f"-I{HERE}",
+]  # -O3 takes gcc 12 several minutes on 1500 lines of emulation in every tile
 
 
 def main() -> None:

@@ -217,6 +217,28 @@ def test_training_call_after_a_serving_call(runs) -> None:
         assert torch.equal(lk.lora_batched_linear(x, w, None, a, b, ids), y)
 
 
+@pytest.mark.parametrize("mapping", [lambda ids, L: ids, lk.BatchMeta], ids=["ids", "meta"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("S", [1, 3])
+@pytest.mark.parametrize("lead", [(9,), (3, 3)], ids=str)
+def test_known_shrinks_and_expands(runs, mapping, backend, S, lead) -> None:
+    x, weights, pools_a, pools_b, ids = batch(S=S)
+    ranks, scalings = torch.tensor([4, 0, 2], dtype=torch.int32), torch.tensor([0.5, 1.0, 2.0])
+    for _ in range(3):
+        x, ids = torch.randn_like(x), ids.roll(1)
+        h = lk.lora_shrink(x.view(*lead, -1), pools_a, mapping(ids, 3), ranks, scalings, backend=backend)
+        y = torch.cat([F.linear(x, w) for w in weights], 1).view(*lead, -1)
+        assert lk.lora_expand(y, h, pools_b, mapping(ids, 3), ranks, backend=backend) is y
+        torch.testing.assert_close(y.view(9, -1), torch.cat(expected_rows(x, weights, pools_a, pools_b, ids, ranks, scalings), 1))
+    assert len(runs) == 2
+    with pytest.raises(LoraValueError, match="true rank outside the pool"):
+        lk.lora_shrink(x.view(*lead, -1), pools_a, mapping(ids, 3), ranks + 1, scalings, backend=backend)
+    with pytest.raises(LoraValueError, match="true rank outside the pool"):
+        lk.lora_expand(y, h, pools_b, mapping(ids, 3), ranks + 1, backend=backend)
+    with pytest.raises(LoraValueError, match="outside the pool"):
+        lk.lora_expand(y, h, pools_b, mapping(ids + 3, 3), ranks, backend=backend)
+
+
 @pytest.mark.parametrize("read", [native._pointers, native.addresses], ids=["python", "native"])
 def test_addresses(read) -> None:
     a, b, c = tensor(3), tensor(4), tensor(5)

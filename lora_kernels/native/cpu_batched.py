@@ -131,6 +131,9 @@ def lora_expand(y, h, pools_b, ids, ranks, table, block, batch_invariant):
         column += b.shape[1]
 
 
+lora_shrink.takes_vectors = lora_expand.takes_vectors = True  # ranks and scalings also as [L], for all slices
+
+
 OPS = {
     "lora_batched_fwd": (lora_batched_fwd, _fwd_refuses),
     "lora_batched_bwd": (lora_batched_bwd, _bwd_refuses),

@@ -1,7 +1,8 @@
-"""The lean path of `lora_batched_linear`: serving calls of a known signature, without the checks and the dispatcher.
+"""The lean path of the many-adapter ops: serving calls of a known signature, without the checks and the dispatcher.
 
 They cost 40 us a call where a small decode step on a CPU takes 5 (benchmarks/bench_host_overhead.py). What depends on values (ids, ranks) is
-checked every time.
+checked every time. An implementation of the forward may carry `run.prepare_serving(lead, *args)`: a function of the caller's own arguments, for x
+with the leading dimensions `lead`; one of shrink or expand that is marked `takes_vectors` takes ranks and scalings also as `[L]`, for all slices.
 """
 
 from __future__ import annotations
@@ -25,53 +26,110 @@ def as_list(t: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return (t,) if isinstance(t, Tensor) else t
 
 
-def key_of(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings, *options) -> tuple | None:
-    """The signature of a call without gradients or dropout that nothing can listen to; None for calls that the lean path does not take."""
+def key_of(x: Tensor, tensors: Sequence[Tensor | None], mapping, *options) -> tuple | None:
+    """The signature of a call without gradients that nothing can listen to, x and `tensors` its operands; None where there is no lean path."""
     if not unobserved():
         return None
-    biases = (bias,) if bias is None else as_list(bias)
     if isinstance(mapping, BatchMeta):
         ids, prepared = mapping.ids, (mapping.num_adapters, mapping.block, mapping.batch_invariant)
     else:
         ids, prepared = mapping, None
-    shown = signature(x, *as_list(weight), *biases, *pools_a, *pools_b, ranks, scalings, ids)
+    shown = signature(x, *tensors, ids)
     if shown is None or x.is_neg():
         return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *as_list(weight), *biases, *pools_a, *pools_b)):
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return None
-    return (shown, len(pools_a), isinstance(weight, Tensor), prepared, *options, *_device.env_state())
+    return (shown, prepared, *options, *_device.env_state())
 
 
 def find(key: tuple | None) -> Callable | None:
-    """What runs calls of this key: run(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings) -> y [..., N] of all slices."""
+    """What runs calls of this key."""
     return _runs.get(key)
 
 
-def remember(key: tuple, x, weight, mapping, ranks, scalings, args: tuple, backend: str, strict: bool) -> None:
-    """Decide who runs calls of this key, and keep it. The first arguments are the caller's, `args` those of the op, checked."""
-    flat, pools_a, pools_b, (block, rank_packed, batch_invariant) = args[0], args[3], args[4], args[-3:]
+def linear_key(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings, *options) -> tuple | None:
+    """`key_of` a call of `lora_batched_linear` without dropout."""
+    biases = (bias,) if bias is None else as_list(bias)
+    tensors = (*as_list(weight), *biases, *pools_a, *pools_b, ranks, scalings)
+    return key_of(x, tensors, mapping, _OP, len(pools_a), isinstance(weight, Tensor), *options)
+
+
+def _unlikely(mapping, first: Tensor) -> bool:
+    """Whether calls of this kind are not worth remembering, or cannot be."""
     plain = not isinstance(mapping, BatchMeta)
-    if flat.shape[0] == 0 or (plain and (flat.device.type != "cpu" or not _vector(mapping, torch.int32))):
+    return first.shape[0] == 0 or (plain and (first.device.type != "cpu" or not _vector(mapping, torch.int32)))
+
+
+def _checked(op: str, mapping, L: int, ranks: Tensor | None, R: int) -> tuple[Tensor, Tensor | None]:
+    """ids and table of the mapping, after the checks that depend on values."""
+    check_ranks(op, ranks, R)
+    if isinstance(mapping, BatchMeta):
+        return mapping.ids, mapping.table
+    check_ids(op, mapping, L)
+    return mapping, None
+
+
+def remember(key: tuple, x, weight, mapping, ranks, scalings, args: tuple, backend: str, strict: bool) -> None:
+    """Keep run(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings) -> y `[..., N]` of all slices, for calls of this key.
+
+    The first arguments are the caller's, `args` those of the op, checked.
+    """
+    flat, pools_a, pools_b, more = args[0], args[3], args[4], args[-3:]
+    if _unlikely(mapping, flat):
         return
     run, quiet = _registry.decide(_OP, backend, strict, flat.device.type, args)
-    if not quiet:
-        return
     prepare, (L, _, R) = getattr(run, "prepare_serving", None), pools_b[0].shape
     if prepare and (x.dim() == 2 or x.is_contiguous()) and _vector(ranks, torch.int32) and _vector(scalings, torch.float32):
         call = prepare(x.shape[:-1], *args)
     else:
-        call = _through(run, len(pools_a), isinstance(weight, Tensor), block, rank_packed, batch_invariant)
+        call = _through(run, len(pools_a), isinstance(weight, Tensor), *more)
 
     def checked(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings):
-        if plain:
-            check_ids("lora_batched_linear", mapping, L)
-            ids, table = mapping, None
-        else:
-            ids, table = mapping.ids, mapping.table
-        check_ranks("lora_batched_linear", ranks, R)
+        ids, table = _checked("lora_batched_linear", mapping, L, ranks, R)
         return call(x, weight, bias, pools_a, pools_b, ids, ranks, scalings, table)
 
-    keep(_runs, key, checked)
+    keep(_runs, key, checked, quiet)
+
+
+def remember_shrink(key: tuple, mapping, ranks, scalings, args: tuple, backend: str, strict: bool) -> None:
+    """Keep run(x, pools_a, mapping, ranks, scalings) -> h `[S, M, R]`, for calls of this key."""
+    flat, pools_a, more = args[0], args[1], args[-3:]
+    if _unlikely(mapping, flat):
+        return
+    run, quiet = _registry.decide("lora_shrink", backend, strict, flat.device.type, args)
+    S, (L, R, _) = len(pools_a), pools_a[0].shape
+    R = R // S if more[1] else R
+    direct = hasattr(run, "takes_vectors") and _vector(ranks, torch.int32) and _vector(scalings, torch.float32)
+
+    def checked(x, pools_a, mapping, ranks, scalings):
+        ids, table = _checked("lora_shrink", mapping, L, ranks, R)
+        if not direct:
+            ranks, scalings = _rows_of(ranks, torch.int32, S), _rows_of(scalings, torch.float32, S)
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        return run(flat, [*pools_a], ids, ranks, scalings, table, *more)
+
+    keep(_runs, key, checked, quiet)
+
+
+def remember_expand(key: tuple, mapping, ranks, args: tuple, backend: str, strict: bool) -> None:
+    """Keep run(y, h, pools_b, mapping, ranks), h `[S, M, R]`, for calls of this key."""
+    flat, pools_b, more = args[0], args[2], args[-2:]
+    if _unlikely(mapping, flat):
+        return
+    run, quiet = _registry.decide("lora_expand", backend, strict, flat.device.type, args)
+    S, (L, _, R) = len(pools_b), pools_b[0].shape
+    direct = hasattr(run, "takes_vectors") and _vector(ranks, torch.int32)
+
+    def checked(y, h, pools_b, mapping, ranks):
+        ids, table = _checked("lora_expand", mapping, L, ranks, R)
+        run(y if y.dim() == 2 else y.view(-1, y.shape[-1]), h, [*pools_b], ids, ranks if direct else _rows_of(ranks, torch.int32, S), table, *more)
+
+    keep(_runs, key, checked, quiet)
+
+
+def _rows_of(t: Tensor | None, dtype: torch.dtype, S: int) -> Tensor | None:
+    """Ranks or scalings `[L]` or `[S, L]` as the op takes them, `[S, L]`."""
+    return None if t is None else _checks_batched.row(t, dtype).expand(S, -1)
 
 
 def _vector(t: Tensor | None, dtype: torch.dtype) -> bool:
@@ -85,7 +143,7 @@ def _through(run: Callable, S: int, stacked: bool, block: int, rank_packed: bool
         widths = [b.shape[1] for b in pools_b]
         weights = weight.split(widths) if stacked and S > 1 else as_list(weight)
         biases = [None] * S if bias is None else bias.split(widths) if stacked and S > 1 else as_list(bias)
-        vectors = [None if t is None else _checks_batched.row(t, d).expand(S, -1) for t, d in ((ranks, torch.int32), (scalings, torch.float32))]
+        vectors = _rows_of(ranks, torch.int32, S), _rows_of(scalings, torch.float32, S)
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y = run(flat, [*weights], [*biases], [*pools_a], [*pools_b], ids, *vectors, None, None, table, block, rank_packed, batch_invariant)[0]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])

@@ -218,7 +218,7 @@ def lora_batched_linear(
     S, stacked, key = len(pools_a), isinstance(weight, Tensor), None
     if dropout_p is None:
         given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
-        key = _serving_path.key_of(*given, rank_packed, batch_invariant, backend, strict)
+        key = _serving_path.linear_key(*given, rank_packed, batch_invariant, backend, strict)
         if (run := _serving_path.find(key)) is not None:
             y = run(*given)
             return y if stacked else y.split([w.shape[0] for w in weight], -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks, _checks_batched
 from .._errors import LoraKernelsError, message
+from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks
 from .lora_batched import resolve_meta, squeeze_slab
@@ -67,6 +68,11 @@ def lora_shrink(
     """
     op = "lora_shrink"
     pools_a = [squeeze_slab(p) for p in as_list(pool_a)]
+    tensors, options = (*pools_a, ranks, scalings), (len(pools_a), rank_packed, batch_invariant, backend, strict)
+    key, given = _serving_path.key_of(x, tensors, meta, op, *options), (meta, ranks, scalings)
+    if (run := _serving_path.find(key)) is not None:
+        h = run(x, pools_a, *given)
+        return h[0] if isinstance(pool_a, Tensor) else h
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     _checks.check_backend(op, backend)
     refuse_grad(op, x, *pools_a)
@@ -76,7 +82,8 @@ def lora_shrink(
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
     check_ranks(op, ranks, pools_a[0].shape[1] // (S if rank_packed else 1))
     scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
-    h = torch.ops.lora_kernels.lora_shrink.default(
-        flat, pools_a, meta.ids, ranks, scalings, meta.table, meta.block, rank_packed, meta.batch_invariant, backend, strict
-    )
+    args = (flat, pools_a, meta.ids, ranks, scalings, meta.table, meta.block, rank_packed, meta.batch_invariant)
+    h = torch.ops.lora_kernels.lora_shrink.default(*args, backend, strict)
+    if key is not None:
+        _serving_path.remember_shrink(key, *given, args, backend, strict)
     return h[0] if isinstance(pool_a, Tensor) else h

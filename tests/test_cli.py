@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels import _env, _selfcheck, cli, reference, testing
 from lora_kernels._errors import LoraValueError
-from lora_kernels.ops import _registry
+from lora_kernels.ops import _registry, _serving_path
 from lora_kernels.ops import lora_linear as lora_linear_op
 
 
@@ -56,6 +56,7 @@ def serve(monkeypatch, ops):
     monkeypatch.setattr(_registry.provider("reference"), "OPS", ops)
     monkeypatch.setattr(lora_linear_op, "_forward_runs", {})
     monkeypatch.setattr(lora_linear_op, "_backward_runs", {})
+    monkeypatch.setattr(_serving_path, "_runs", {})
 
 
 @pytest.mark.parametrize("fault", ["y", "dx", "dA", "dB", "nan"])

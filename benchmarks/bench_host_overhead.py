@@ -19,7 +19,9 @@ pytest.importorskip("triton")
 pytest.importorskip("pytest_benchmark")
 
 import lora_kernels as lk
-from lora_kernels.ops import _registry
+from lora_kernels.native import signature
+from lora_kernels.ops import _registry, _serving_path
+from lora_kernels.ops import lora_linear as op_linear
 from lora_kernels.tuning import cpu as plan_cpu
 
 M, N, K, R = 64, 64, 64, 16
@@ -161,6 +163,38 @@ def row():
         yield x, weight, a, b, lk.BatchMeta(torch.zeros(1, dtype=torch.int32), 8)
 
 
+PIECES = (
+    "signature, native",
+    "signature, python",
+    "range, native",
+    "range, aminmax",
+    "apply, lean",
+    "apply, whole",
+    "empty, numbers",
+    "empty, tuple",
+)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_piece(benchmark, row, piece) -> None:
+    """What the figures in comments of ops/ and native/ stand on."""
+    x, weight, a, b, meta = row
+    a, b = a[0].clone().requires_grad_(), b[0].clone().requires_grad_()
+    y, h, mask = x.new_empty(1, 8), x.new_empty(1, R), torch.empty(0, dtype=torch.int32)
+    operands = (x, weight, None, a, b, (0.5, 0.0, None, "cpu", True, lambda *_: (y.detach(), h, mask)))
+    calls = {
+        "signature, native": lambda: signature.signature(x, weight, a, b, None),
+        "signature, python": lambda: signature._from_attributes(x, weight, a, b, None),
+        "range, native": lambda: signature.value_range(meta.ids),
+        "range, aminmax": lambda: [int(v) for v in meta.ids.aminmax()],
+        "apply, lean": lambda: op_linear._apply(*operands),
+        "apply, whole": lambda: op_linear._LoraLinear.apply(*operands),
+        "empty, numbers": lambda: x.new_empty(1, 8),
+        "empty, tuple": lambda: x.new_empty((1, 8)),
+    }
+    run(benchmark, calls[piece])
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["no_gradient", "autograd"])
 def test_cpu_lora_linear(benchmark, row, trained) -> None:
     x, weight, a, b, _ = row
@@ -168,8 +202,11 @@ def test_cpu_lora_linear(benchmark, row, trained) -> None:
     run(benchmark, lambda: lk.lora_linear(x, weight, None, a, b, 0.5, backend="cpu", strict=True))
 
 
-def test_cpu_lora_batched_linear(benchmark, row) -> None:
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "checks_and_dispatcher"])
+def test_cpu_lora_batched_linear(benchmark, monkeypatch, row, lean) -> None:
     x, weight, a, b, meta = row
+    if not lean:
+        monkeypatch.setattr(_serving_path, "linear_key", lambda *_: None)
     run(benchmark, lambda: lk.lora_batched_linear(x, weight, None, a, b, meta, backend="cpu", strict=True))
 
 

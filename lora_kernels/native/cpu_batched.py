@@ -85,9 +85,10 @@ def _prepare_serving(lead, x, weights, biases, pools_a, pools_b, *rest):
     """The forward without dropout of every call of this signature, with the caller's weight and bias (stacked, or one per slice), its ranks and
     scalings `[L]` or `[S, L]`, and x with the leading dimensions `lead`: [M], or contiguous ones that multiply to M."""
     (M, K), (rank_packed, batch_invariant) = x.shape, rest[-2:]
-    dtype, slices, N_all = DTYPES[x.dtype], [], sum(w.shape[0] for w in weights)
-    for i, b in enumerate(pools_b):
-        slices.append((i, sum(w.shape[0] for w in weights[:i]), b.shape[1]))
+    dtype, slices, N_all = DTYPES[x.dtype], [], 0
+    for i, w in enumerate(weights):
+        slices.append((i, N_all, w.shape[0]))
+        N_all += w.shape[0]
 
     def run(x, weight, bias, pools_a, pools_b, ids, ranks, scalings, table):
         y, threads, stacked, several = x.new_empty(*lead, N_all), _threads(), isinstance(weight, Tensor), type(bias) in (list, tuple)

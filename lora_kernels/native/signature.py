@@ -50,7 +50,7 @@ signature, addresses = (_C.signature, _C.addresses) if tensors_shown() else (_fr
 
 
 def value_range(t: Tensor) -> tuple[int, int]:
-    """Least and largest value of integers on a CPU, at least one; aminmax and two reads of a number cost 9 us, this 0.5 us for int32."""
+    """Least and largest value of integers on a CPU, at least one; aminmax costs 3.2 us, this 0.7 us for int32."""
     if t.dtype == torch.int32 and t.is_contiguous() and tensors_shown():
         return _C.cpu_int_range(t)
     low, high = t.aminmax()

@@ -1,6 +1,6 @@
 """`make emulate`: a copy of the package in build/emulate whose AVX-512 kernels run on any CPU, their intrinsics emulated (immintrin.h).
 
-Slow, and right to the bit where the hardware is: it shows what the AVX-512 code computes on machines that cannot run it. Needs SIMDe's headers.
+It shows that the AVX-512 code computes the right thing, on machines that cannot run it; nothing of its speed. Needs SIMDe's headers.
 """
 
 from __future__ import annotations

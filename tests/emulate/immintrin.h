@@ -87,7 +87,7 @@ inline I256 to_bf16(const F512& v) {
   }
   return out.vector();
 }
-// vdpbf16ps: the odd elements' product first, then the even ones'. The hardware rounds each step to nearest even without fusing.
+// vdpbf16ps: the odd elements' product first, then the even ones'. A product of two bf16 is exact in float32, so fused or not is one.
 template <class Pairs>
 F512 dot_bf16(const F512& acc, const Pairs& a, const Pairs& b) {
   const Lanes<F512, uint32_t, 16> c(acc);

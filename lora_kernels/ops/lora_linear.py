@@ -74,7 +74,8 @@ _bwd = torch.ops.lora_kernels.lora_linear_bwd.default
 # ------------------------------------------------------------------------------------------------------------ the lean path
 
 # The op through the dispatcher takes 26 us on the host where the lean path takes 10 (Zen 3, benchmarks/bench_host_overhead.py). Where
-# nothing can listen to the dispatcher (plain tensors, no mode, no transform), a call whose signature has been checked and decided before goes straight to its implementation.
+# nothing can listen to the dispatcher (plain tensors, no mode, no transform), a call whose signature has been checked and decided before
+# goes straight to its implementation.
 
 _MAX_SIGNATURES = 4096
 _forward_runs: dict[tuple, Callable] = {}

@@ -23,8 +23,6 @@ from . import store
 
 # Shared memory one program may have, bytes (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-# "warpgroup.arrive is injected to allow use of registers in GMMA": an order of register writes, no serialised loop.
-HARMLESS = {"C7519"}
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -112,7 +110,7 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
         shared=compiled.metadata.shared,
         register_a=len(re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", compiled.asm["ptx"])),
         opcodes=dict(opcodes),
-        warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)) - HARMLESS)),
+        warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)))),
     )
 
 

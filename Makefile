@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | gpu | oracles | sanitize | emulate | cross | readme-figures | clean. Each makes its own .venv the first time.
+# make demo | test | lint | bench | gpu | oracles | sanitize | emulate | emulate-gpu | cross | readme-figures | clean. Each makes its own .venv the first time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench gpu oracles sanitize emulate cross readme-figures lint format clean
+.PHONY: demo test bench gpu oracles sanitize emulate emulate-gpu cross readme-figures lint format clean
 .DEFAULT_GOAL := test
 
 # ---- environment ----------------------------------------------------------------------------------------------------------
@@ -33,6 +33,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow" tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
+	LORA_KERNELS_EMULATE=1 $(BIN)/python -m pytest -q -n 2 -k "sanitize or ptx" tests/ptx tests/gpu
 
 bench: $(VENV)/.ready
 	$(BIN)/lora-kernels bench
@@ -56,6 +57,10 @@ emulate: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/emulate/build.py
 	PYTHONPATH=build/emulate $(BIN)/pytest -q -n 2 -k avx512 tests/test_native_cpu.py tests/test_native_cpu_batched.py tests/test_native_cpu_batched_ops.py
 
+# The Triton and CUDA kernels without a GPU: the tests written for one, on their PTX for sm_90, executed instruction by instruction (tests/ptx).
+emulate-gpu: $(VENV)/.ready
+	LORA_KERNELS_EMULATE=1 $(BIN)/python -m pytest -q -n 2 tests/ptx tests/gpu tests/interpreter
+
 # aarch64 by a cross compiler, run under qemu; both from the distribution, no environment needed.
 cross:
 	sh tests/sanitize/cross.sh
@@ -66,12 +71,12 @@ lint: $(VENV)/.deps
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/ptx/*.cpp' 'tests/ptx/*.h' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.deps
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/ptx/*.cpp' 'tests/ptx/*.h' | xargs -r $(BIN)/clang-format -i
 
 readme-figures: $(VENV)/.ready
 	$(BIN)/python -m lora_kernels.bench.figures

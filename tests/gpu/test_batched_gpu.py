@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batched_cases import Batch
+from place import DEVICE, hardware, repeats
 
 from lora_kernels import _batch_table, reference_batched, testing
 from lora_kernels.ops.batch_meta import BatchMeta
@@ -65,17 +66,18 @@ def linear(b: Batch, meta=None, **options):
 @pytest.mark.parametrize("name", SHAPES)
 def test_matches_float64_and_repeats(name, dtypes, invariant):
     dtype, pool_dtype = DTYPES[dtypes]
-    b = Batch.random(dtype=dtype, pool_dtype=pool_dtype, device="cuda", **SHAPES[name])
+    b = Batch.random(dtype=dtype, pool_dtype=pool_dtype, device=DEVICE, **SHAPES[name])
     y = linear(b, batch_invariant=invariant)
     b.assert_close(y)
     meta = BatchMeta(b.ids, b.pools_a[0].shape[0], invariant)
-    for _ in range(30):  # a race between ticket, flags and stores would show as other bits
+    for _ in repeats(30):  # a race between ticket, flags and stores would show as other bits
         assert torch.equal(linear(b, meta), y)
 
 
+@hardware
 @pytest.mark.parametrize("name", LLAMA)
 def test_llama_sizes(name):
-    b = Batch.random(dtype=bf16, device="cuda", bias=False, **LLAMA[name])
+    b = Batch.random(dtype=bf16, device=DEVICE, bias=False, **LLAMA[name])
     meta = BatchMeta(b.ids, b.pools_a[0].shape[0])
     y = linear(b, meta)
     b.assert_close(y)
@@ -86,7 +88,7 @@ def test_llama_sizes(name):
 @pytest.mark.parametrize(("M", "Ns"), [(17, [200, 72]), (300, [200]), (300, [200, 72])], ids=["decode", "tma", "gathered"])
 def test_sanitize_every_form(M, Ns):
     """Small, with tails in every direction, forward and backward with dropout, for compute-sanitizer."""
-    b = Batch.random(ids=ids_of(M, 5), Ns=Ns, K=264, R=24, L=5, dtype=bf16, device="cuda", ranks="mixed")
+    b = Batch.random(ids=ids_of(M, 5), Ns=Ns, K=264, R=24, L=5, dtype=bf16, device=DEVICE, ranks="mixed")
     for _ in range(2):  # the second finds the counters as the first left them
         b.assert_close(linear(b))
     pools = [t.clone().requires_grad_() for t in (*b.pools_a, *b.pools_b)]
@@ -97,20 +99,20 @@ def test_sanitize_every_form(M, Ns):
 
 @pytest.mark.parametrize("M", [64, 1000])
 def test_row_bits_ignore_neighbours_and_place(M):
-    b = Batch.random(ids=ids_of(M, 5), Ns=[512], K=1024, R=24, L=5, dtype=bf16, device="cuda", ranks=[24, 3, 9, 24, 0])
+    b = Batch.random(ids=ids_of(M, 5), Ns=[512], K=1024, R=24, L=5, dtype=bf16, device=DEVICE, ranks=[24, 3, 9, 24, 0])
     mine, first = b.ids == 2, linear(b)
     x, a, bb = b.x.clone(), b.pools_a[0].clone(), b.pools_b[0].clone()
     x[~mine] = float("nan")
     a[[0, 1, 3, 4]], bb[[0, 1, 3, 4]] = float("inf"), float("nan")
-    others = torch.tensor([-1, 0, 1, 3, 4], dtype=torch.int32, device="cuda")[torch.randint(0, 5, (M,), device="cuda")]
+    others = torch.tensor([-1, 0, 1, 3, 4], dtype=torch.int32, device=DEVICE)[torch.randint(0, 5, (M,), device=DEVICE)]
     second = linear(b.replace(x=x, pools_a=[a], pools_b=[bb], ids=torch.where(mine, b.ids, others)))
     assert torch.equal(first[mine], second[mine])
-    order = torch.randperm(M, device="cuda")
+    order = torch.randperm(M, device=DEVICE)
     assert torch.equal(linear(b.replace(x=b.x[order], ids=b.ids[order])), first[order])
 
 
 def test_batch_invariant_ignores_M():
-    b = Batch.random(ids=ids_of(600, 8), Ns=[512], K=1024, R=16, L=8, dtype=bf16, device="cuda")
+    b = Batch.random(ids=ids_of(600, 8), Ns=[512], K=1024, R=16, L=8, dtype=bf16, device=DEVICE)
     full = linear(b, batch_invariant=True)
     for rows in (slice(4, 5), slice(0, 64), slice(100, 500)):
         assert torch.equal(linear(b.replace(x=b.x[rows], ids=b.ids[rows]), batch_invariant=True), full[rows])
@@ -118,7 +120,7 @@ def test_batch_invariant_ignores_M():
 
 @pytest.mark.parametrize("M", [64, 1000])
 def test_shrink_and_expand(M):
-    b = Batch.random(ids=ids_of(M, 8), Ns=[512, 128], K=1024, R=64, L=8, dtype=bf16, device="cuda", ranks="mixed")
+    b = Batch.random(ids=ids_of(M, 8), Ns=[512, 128], K=1024, R=64, L=8, dtype=bf16, device=DEVICE, ranks="mixed")
     meta = BatchMeta(b.ids, 8)
     h = lora_shrink(b.x, b.pools_a, meta, b.ranks, b.scalings, backend="triton", strict=True)
     y = torch.cat([torch.nn.functional.linear(b.x, w, bias) for w, bias in zip(b.weights, b.biases, strict=True)], 1)
@@ -139,10 +141,10 @@ TRAINING = {
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("name", TRAINING)
 def test_gradients(name, dropout):
-    b = Batch.random(dtype=bf16, device="cuda", **TRAINING[name])
+    b = Batch.random(dtype=bf16, device=DEVICE, **TRAINING[name])
     S, L = len(b.weights), b.pools_a[0].shape[0]
-    p = torch.tensor([0.1, 0.0, 0.5, 1.0, 0.05], device="cuda").repeat(14)[:L] if dropout else None
-    dy = torch.randn(len(b.ids), sum(w.shape[0] for w in b.weights), device="cuda", dtype=bf16)
+    p = torch.tensor([0.1, 0.0, 0.5, 1.0, 0.05], device=DEVICE).repeat(14)[:L] if dropout else None
+    dy = torch.randn(len(b.ids), sum(w.shape[0] for w in b.weights), device=DEVICE, dtype=bf16)
 
     def grads(backend, dtype=bf16):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (b.x, *b.pools_a, *b.pools_b)]
@@ -156,15 +158,15 @@ def test_gradients(name, dropout):
     got, eager, exact = grads("triton"), grads("reference"), grads("reference", torch.float64)
     for g, e, x64 in zip(got, eager, exact, strict=True):
         assert testing.error_ratio(g, e, x64) <= testing.ALLOWED_RATIO
-    for _ in range(10):
+    for _ in repeats(10):
         assert all(torch.equal(*pair) for pair in zip(got, grads("triton"), strict=True))
 
 
 def test_keep_mask_is_the_references():
-    b = Batch.random(ids=ids_of(500, 5), Ns=[64], K=200, R=8, L=5, dtype=bf16, device="cuda")
+    b = Batch.random(ids=ids_of(500, 5), Ns=[64], K=200, R=8, L=5, dtype=bf16, device=DEVICE)
     p, seed = torch.tensor([0.3, 0.0, 0.5, 1.0, 1e-5]), torch.tensor([0x123456789ABCDEF])
     meta = BatchMeta(b.ids, 5)
-    args = (*b.base, None, None, p.cuda(), seed.cuda(), meta.table, meta.block, False, False)
+    args = (*b.base, None, None, p.to(DEVICE), seed.to(DEVICE), meta.table, meta.block, False, False)
     mask = torch.ops.lora_kernels.lora_batched_fwd.default(*args, "triton", True)[2]
     assert torch.equal(mask.cpu(), reference_batched._keep_mask(b.ids.cpu(), list(range(5)), p, seed, 500, 200))
 
@@ -173,17 +175,18 @@ def test_keep_mask_is_the_references():
 @pytest.mark.parametrize("M", [1, 256, 257, 8192, 65536])
 def test_table_is_pytorchs(M, L):
     ids = torch.tensor(ids_of(M, L), dtype=torch.int32)
-    meta = BatchMeta(ids.cuda(), L)
+    meta = BatchMeta(ids.to(DEVICE), L)
     size = _batch_table.layout(M, L, meta.block).size
     assert torch.equal(meta.table.cpu(), _batch_table.build(ids, L, meta.block, ids.new_empty(size)))
 
 
+@hardware
 @pytest.mark.parametrize("M", [64, 1000])
 def test_needs_no_host_synchronisation(M):
     """Metadata, forward, and forward + backward with dropout, under CUDA's own check."""
-    b = Batch.random(ids=ids_of(M, 8), Ns=[512], K=512, R=16, L=8, dtype=bf16, device="cuda")
+    b = Batch.random(ids=ids_of(M, 8), Ns=[512], K=512, R=16, L=8, dtype=bf16, device=DEVICE)
     trained = b.replace(x=b.x.clone().requires_grad_(), pools_a=[b.pools_a[0].clone().requires_grad_()])
-    p = torch.full((8,), 0.1, device="cuda")
+    p = torch.full((8,), 0.1, device=DEVICE)
 
     def everything():
         meta = BatchMeta(b.ids, 8)
@@ -199,10 +202,11 @@ def test_needs_no_host_synchronisation(M):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@hardware
 @pytest.mark.parametrize("M", [16, 64, 1000, 4096])
 def test_one_graph_serves_every_mix(M):
     """Captured with one mix, replayed with others: same bits as eager, many times, the counters back at zero each time."""
-    b = Batch.random(ids=ids_of(M, 8), Ns=[1024], K=1024, R=16, L=8, dtype=bf16, device="cuda", ranks="mixed")
+    b = Batch.random(ids=ids_of(M, 8), Ns=[1024], K=1024, R=16, L=8, dtype=bf16, device=DEVICE, ranks="mixed")
     meta, x = BatchMeta(b.ids, 8), b.x.clone()
     weight, bias = b.weights[0], b.biases[0]
     call = lambda: lora_batched_linear(x, weight, bias, b.pools_a[0], b.pools_b[0], meta, b.ranks, b.scalings, backend="triton", strict=True)
@@ -215,7 +219,7 @@ def test_one_graph_serves_every_mix(M):
     with torch.cuda.graph(graph, stream=stream):
         y = call()
     for seed in range(20):
-        ids = torch.tensor([-1] * M if seed == 7 else ids_of(M, 8, seed), dtype=torch.int32, device="cuda")
+        ids = torch.tensor([-1] * M if seed == 7 else ids_of(M, 8, seed), dtype=torch.int32, device=DEVICE)
         meta.update_(ids)
         x.copy_(torch.randn_like(x))
         graph.replay()
@@ -224,8 +228,9 @@ def test_one_graph_serves_every_mix(M):
         b.replace(x=x, ids=ids).assert_close(replayed)
 
 
+@hardware
 def test_ids_outside_the_pool(monkeypatch):
-    b = Batch.random(ids=[0, 5, -3, 1], Ns=[64], K=64, R=8, L=2, dtype=bf16, device="cuda")
+    b = Batch.random(ids=[0, 5, -3, 1], Ns=[64], K=64, R=8, L=2, dtype=bf16, device=DEVICE)
     b.assert_close(linear(b))  # 5 and -3 count as none
     monkeypatch.setenv("LORA_KERNELS_CHECK_IDS", "1")
     with pytest.raises(ValueError, match="outside the pool"):

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from place import DEVICE, hardware, repeats
 
 import lora_kernels as lk
 from lora_kernels import reference
@@ -55,7 +56,7 @@ def shape_id(shape):
 
 
 def randn(*shape, dtype=bf16, scale=1.0):
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
 
 
 def rmse(got, exact):
@@ -70,7 +71,7 @@ def check(got, exact, same_dtype, what):
 
 def poison(*sizes, dtype=bf16):
     """Leaves NaN in the allocator's free blocks that the next outputs will take: what a kernel does not write is found."""
-    for t in [torch.full(s, float("nan"), dtype=dtype, device="cuda") for s in sizes]:
+    for t in [torch.full(s, float("nan"), dtype=dtype, device=DEVICE) for s in sizes]:
         del t
 
 
@@ -98,7 +99,7 @@ def test_sanitize_every_form():
             for tile in CUDA_TILES:
                 cuda.linear(x, w, None, None, b, h, 1.0, backward, how=Form(False, *tile, cluster))
             if backward:
-                mask = reference.dropout_mask(torch.tensor([5], device="cuda"), M, N, 0.3)
+                mask = reference.dropout_mask(torch.tensor([5], device=DEVICE), M, N, 0.3)
                 cuda.linear(x, w, None, None, b, h, 1.4, True, mask=mask, how=Form(False, 128, 256, cluster))
     run(*problem(300, 520, 1160, 72), 0.1)
     torch.cuda.synchronize()
@@ -145,7 +146,7 @@ def test_update(shape, tile, cluster, backward, dtype):
 def test_masked_dx(shape, cluster):
     M, N, K, R = shape
     p, (x, w, _, b), (W, _, B) = 0.3, *operands(M, N, K, R, bf16, True)
-    g, mask = randn(M, R), reference.dropout_mask(torch.tensor([5], device="cuda"), M, N, p)
+    g, mask = randn(M, R), reference.dropout_mask(torch.tensor([5], device=DEVICE), M, N, p)
     poison((M, N))
     y, _ = cuda.linear(x, w, None, None, b, g, reference.keep_scale(p), True, mask=mask, how=Form(False, 128, 256, cluster))
     keep = reference.unpack_bits(mask, N)
@@ -166,8 +167,8 @@ def test_base_product_alone(tile, cluster):
 @pytest.mark.parametrize("shape", [*ODD, *WIDE_RANKS, (2048, 8, 4096, 64), (8192, 8, 4096, 16)], ids=shape_id)
 def test_shrink_and_mask(shape, p, dtype):
     M, _, K, R = shape
-    x, a, seed = randn(M, K, dtype=dtype), randn(R, K, dtype=dtype, scale=K**-0.5), torch.tensor([2**40 + 17], device="cuda")
-    mask = torch.full((M, -(-K // 32)), 7, dtype=torch.int32, device="cuda") if p > 0 else None
+    x, a, seed = randn(M, K, dtype=dtype), randn(R, K, dtype=dtype, scale=K**-0.5), torch.tensor([2**40 + 17], device=DEVICE)
+    mask = torch.full((M, -(-K // 32)), 7, dtype=torch.int32, device=DEVICE) if p > 0 else None
     poison((M, R), dtype=dtype)
     h = cuda.shrink(x, a, 0.75, False, mask, seed, p)
     kept = x
@@ -193,6 +194,7 @@ def test_shrink_splits_agree(split, monkeypatch):
     check(cuda.shrink(x, a, 1.0, False), x.double() @ a.double().t(), x @ a.t(), "h")
 
 
+@hardware
 def test_loaded_kernels_use_no_local_memory():
     for name, (registers, local) in cuda._module().cuda_loaded().items():
         assert registers <= 168, name
@@ -238,6 +240,7 @@ def test_op(shape, dtypes, p):
     check_op(problem(*shape, *dtypes), p)
 
 
+@hardware
 @pytest.mark.parametrize("R", [16, 64, 128])
 @pytest.mark.parametrize("model", MODELS)
 def test_model_shapes(model, R):
@@ -273,7 +276,7 @@ def test_column0_gives_the_same_bits_1000_times(cluster, backward, R):
     (x, w, a, b), _ = operands(2048 + 40, 1544, 1032, R, bf16, backward)
     how = Form(True, 128, 256, cluster)
     first = cuda.linear(x, w, None, a, b, None, 0.5, backward, how=how)
-    for _ in range(1000):
+    for _ in repeats(1000):
         again = cuda.linear(x, w, None, a, b, None, 0.5, backward, how=how)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
@@ -283,7 +286,7 @@ def test_column0_gives_the_same_bits_1000_times(cluster, backward, R):
 def test_op_gives_the_same_bits_1000_times(R, p):
     args = problem(777, 1032, 520, R, bf16, fp32)
     first = run(*args, p)
-    for _ in range(1000):
+    for _ in repeats(1000):
         again = run(*args, p)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -291,10 +294,11 @@ def test_op_gives_the_same_bits_1000_times(R, p):
 def test_one_row_of_tiles_many_columns():
     """Most CTAs wait for one: M = 1 and N of many tiles."""
     args = problem(1, 64 * 256, 4096, 16)
-    for _ in range(50):
+    for _ in repeats(50):
         check_op(args, 0.0)
 
 
+@hardware
 @pytest.mark.parametrize("R, p", [(16, 0.0), (64, 0.1), (128, 0.0)], ids=["column0", "dropout", "update"])
 def test_graph_replays_with_changed_inputs(R, p):
     x, w, bias, a, b, dy = problem(1025, 776, 520, R)
@@ -304,7 +308,7 @@ def test_graph_replays_with_changed_inputs(R, p):
         run(x, w, bias, a, b, dy, p)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    seed = torch.tensor([3], device="cuda")
+    seed = torch.tensor([3], device=DEVICE)
     with torch.cuda.graph(graph):
         y, h, mask = cuda.lora_linear_fwd(x, w, bias, a, b, 0.75, p, seed)
         dx, da, db = cuda.lora_linear_bwd(dy, x, w, a, b, h, mask, 0.75, p, True, True, True)
@@ -320,6 +324,7 @@ def test_graph_replays_with_changed_inputs(R, p):
             assert torch.equal(got, want)
 
 
+@hardware
 def test_two_streams_at_once():
     problems = [operands(4096, 4096, 1024, 16, bf16, False)[0] for _ in range(2)]
     alone = [cuda.linear(x, w, None, a, b, None, 1.0, False)[0] for x, w, a, b in problems]

@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
+EMULATING = os.environ.get("LORA_KERNELS_EMULATE") == "1"
+collect_ignore_glob = [] if INTERPRETING or EMULATING else ["test_*.py"]
 
 if INTERPRETING:
     sys.path.insert(0, str(Path(__file__).parent))
@@ -17,6 +18,13 @@ if INTERPRETING:
 
     repairs.install()
 
+elif EMULATING:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "ptx"))
+    import emulator
+
+    emulator.as_triton_driver()
+
+if INTERPRETING or EMULATING:
     from lora_kernels.kernels import _launch
 
     _launch.PROGRAMS = 3  # persistent grids of three programs, so that each walks several tiles

@@ -1,0 +1,19 @@
+"""Where these tests run: on a GPU, or with LORA_KERNELS_EMULATE=1 in the PTX emulator (tests/ptx), whose kernels take CPU tensors.
+
+`hardware` marks what only a GPU has or is fast enough for: streams, graphs, memory, model sizes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+EMULATED = os.environ.get("LORA_KERNELS_EMULATE") == "1"
+DEVICE = "cpu" if EMULATED else "cuda"
+hardware = pytest.mark.skipif(EMULATED, reason="needs a GPU")
+
+
+def repeats(on_a_gpu: int) -> range:
+    """Every repetition in the emulator is another interleaving of all threads and asynchronous copies; a few say what many do on a GPU."""
+    return range(3 if EMULATED else on_a_gpu)

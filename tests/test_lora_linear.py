@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,3 +260,21 @@ def test_bias_of_other_strides_in_a_known_signature() -> None:
     for bias in (torch.randn(48), torch.randn(96)[::2], torch.randn(1).expand(48)):
         want = torch.nn.functional.linear(x, weight, bias) + (x @ lora_a.t()) @ lora_b.t()
         torch.testing.assert_close(lk.lora_linear(x, weight, bias, lora_a, lora_b), want, rtol=1e-4, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ who else looks on
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first_call", "known_signature"])
+@pytest.mark.parametrize("trained", [False, True], ids=["no_grad", "grad"])
+def test_jit_trace_records_the_op(known, trained) -> None:
+    layer = lk.LoraLinear(33, 20, r=4)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    with torch.set_grad_enabled(trained), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and warns of the Python values that it sees
+        x = torch.randn(9, 33)
+        if known:
+            layer(x)
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        for x in (torch.randn(9, 33), torch.randn(5, 33)):
+            torch.testing.assert_close(traced(x), layer(x))

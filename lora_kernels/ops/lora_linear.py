@@ -83,13 +83,14 @@ _backward_runs: dict[tuple, Callable] = {}
 
 
 def unobserved() -> bool:
-    """Whether nobody watches the dispatcher: no tracing, dispatch mode, functorch transform, forward AD or autocast."""
+    """Whether nobody watches the dispatcher: no tracing (torch.compile, torch.jit), dispatch mode, functorch transform, forward AD or autocast."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from ._device import BACKENDS
 from ._errors import LoraTypeError, LoraValueError, message
 
+_LARGEST = sys.float_info.max
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -15,10 +18,20 @@ def _shape(t: Tensor) -> str:
     return "[" + ", ".join(str(s) for s in t.shape) + "]"
 
 
+def check_tensors(op: str, **tensors: object) -> None:
+    """Raise unless everything is a tensor of rows and columns in memory; nested, sparse and other layouts have none that could be read."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise LoraTypeError(message(f"{op}: {name} is no tensor", type(t).__name__, "torch.Tensor"))
+        if t.is_nested or t.layout is not torch.strided:
+            got = f"nested {t.layout}" if t.is_nested else t.layout
+            raise LoraTypeError(message(f"{op}: {name} has an unsupported layout", got, "torch.strided", f"{name}.to_dense(); .values() if jagged"))
+
+
 def check_scaling(op: str, scaling: float) -> None:
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         raise LoraTypeError(message(f"{op}: scaling is not a number", type(scaling).__name__, "a Python int or float", "pass scaling.item()"))
-    if scaling - scaling != 0:  # NaN or infinite; math.isfinite cannot be traced by torch.compile
+    if not abs(scaling) <= _LARGEST:  # also NaN, and an int that is no float; math.isfinite cannot be traced by torch.compile
         raise LoraValueError(message(f"{op}: scaling is not finite", scaling, "a finite number", "scaling is lora_alpha / r"))
 
 
@@ -34,6 +47,7 @@ def check_backend(op: str, backend: str) -> None:
 
 def check_lora_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     """Raise unless x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R] fit in shape, dtype and device."""
+    check_tensors(op, x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, **({} if bias is None else {"bias": bias}))
     if x.dim() < 1 or weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
         got = f"x {_shape(x)}, weight {_shape(weight)}, lora_a {_shape(lora_a)}, lora_b {_shape(lora_b)}"
         raise LoraValueError(message(f"{op}: wrong number of dimensions", got, "x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R]"))
@@ -42,6 +56,8 @@ def check_lora_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, l
         raise LoraValueError(
             message(f"{op}: x and weight disagree on K", f"x {_shape(x)}, weight {_shape(weight)}", "x.shape[-1] == weight.shape[1]")
         )
+    if N < 1 or K < 1:
+        raise LoraValueError(message(f"{op}: weight has no elements", f"weight {_shape(weight)}", "[N, K] with N >= 1 and K >= 1"))
     if R < 1:
         raise LoraValueError(message(f"{op}: rank 0", f"lora_a {_shape(lora_a)}", "R >= 1", "call torch.nn.functional.linear for no adapter"))
     if lora_a.shape[1] != K:

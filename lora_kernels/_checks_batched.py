@@ -5,17 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, _shape, check_devices
+from ._checks import DTYPES, _shape, check_devices, check_tensors
 from ._errors import LoraTypeError, LoraValueError, message
+
+
+def check_lists(op: str, x: object, **lists: object) -> None:
+    """x is a tensor of at least one dimension; each of `lists` (pools, weights) is a tensor or a list or tuple of them, not empty."""
+    check_tensors(op, x=x)
+    if x.dim() < 1:
+        raise LoraValueError(message(f"{op}: x has no dimension", _shape(x), "[..., K]"))
+    for name, given in lists.items():
+        given = [given] if isinstance(given, Tensor) else given
+        if not isinstance(given, (list, tuple)) or not given:
+            got = type(given).__name__ if given else repr(given)
+            raise LoraTypeError(message(f"{op}: {name} is no tensor", got, "torch.Tensor, or a list or tuple of one per slice"))
+        for t in given:
+            check_tensors(op, **{name: t})
 
 
 def check_pool_a(op: str, x: Tensor, pools_a: list[Tensor], rank_packed: bool) -> None:
     """Every pool_a is `[L, R, K]` (rank_packed: `[L, S R, K]`), K being x's, all of one shape, in x's dtype or float32."""
     K, S = x.shape[-1], len(pools_a)
     for a in pools_a:
-        if a.dim() != 3 or a.shape[2] != K or a.shape != pools_a[0].shape or 0 in a.shape[:2]:
+        if a.dim() != 3 or a.shape[2] != K or a.shape != pools_a[0].shape or 0 in a.shape:
             got = f"pool_a {', '.join(_shape(p) for p in pools_a)}, x {_shape(x)}"
-            raise LoraValueError(message(f"{op}: pool_a does not fit x", got, f"[L, R, {K}], one L and R >= 1 for all slices"))
+            raise LoraValueError(message(f"{op}: pool_a does not fit x", got, f"[L, R, {K}], one L and R >= 1 for all slices, K >= 1"))
     if rank_packed and pools_a[0].shape[1] % S:
         raise LoraValueError(message(f"{op}: rank-packed pool_a does not divide into slices", _shape(pools_a[0]), f"[L, {S} R, K]"))
     _check_dtypes(op, x, pool_a=pools_a)
@@ -23,9 +37,9 @@ def check_pool_a(op: str, x: Tensor, pools_a: list[Tensor], rank_packed: bool) -
 
 def check_pool_b(op: str, x: Tensor, pools_b: list[Tensor], S: int, L: int, R: int) -> None:
     """One pool_b `[L, N_i, R]` per slice, in x's dtype or float32."""
-    if len(pools_b) != S or any(b.dim() != 3 or (b.shape[0], b.shape[2]) != (L, R) for b in pools_b):
+    if len(pools_b) != S or any(b.dim() != 3 or (b.shape[0], b.shape[2]) != (L, R) or 0 in b.shape for b in pools_b):
         got = ", ".join(_shape(p) for p in pools_b)
-        raise LoraValueError(message(f"{op}: pool_b does not fit pool_a", f"pool_b {got}", f"{S} x [{L}, N, {R}]", "pool_b is [L, N, R]"))
+        raise LoraValueError(message(f"{op}: pool_b does not fit pool_a", f"pool_b {got}", f"{S} x [{L}, N, {R}], N >= 1", "pool_b is [L, N, R]"))
     _check_dtypes(op, x, pool_b=pools_b)
 
 
@@ -57,6 +71,9 @@ def per_slice(op: str, name: str, t: Tensor | None, dtype: torch.dtype, S: int, 
     """ranks or scalings `[L]` or `[S, L]` as `[S, L]` of `dtype`, without a copy where the type fits."""
     if t is None:
         return None
+    check_tensors(op, **{name: t})
+    if t.requires_grad and torch.is_grad_enabled():
+        raise LoraValueError(message(f"{op}: {name} requires grad, but only the adapters are trained", fix=f"{name}.detach()"))
     if t.shape not in ((L,), (S, L)):
         raise LoraValueError(message(f"{op}: {name} does not fit the pools", f"{name} {_shape(t)}", f"[{L}] or [{S}, {L}]"))
     if t.is_floating_point() != dtype.is_floating_point:
@@ -66,11 +83,16 @@ def per_slice(op: str, name: str, t: Tensor | None, dtype: torch.dtype, S: int, 
     return row(t, dtype).expand(S, L)
 
 
+def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in `dtype`; what is out of int32's range stays out of every pool's, where a plain cast of 2**32 gives 0."""
+    return (t.clamp(-(2**31), 2**31 - 1) if t.dtype == torch.int64 else t).to(dtype)
+
+
 def row(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Checked ranks or scalings as `[1, L]` or `[S, L]` of `dtype` with contiguous rows."""
     if t is None:
         return None
-    t = t if t.dtype == dtype else t.to(dtype)
+    t = t if t.dtype == dtype else narrowed(t, dtype)
     if t.stride(-1) != 1:
         t = t.contiguous()
     return t if t.dim() == 2 else t.unsqueeze(0)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from batched_cases import Batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import _batch_table, reference
 from lora_kernels._errors import LoraKernelsError, LoraTypeError, LoraValueError
@@ -220,6 +221,7 @@ def _case(**changes):
 
 ERRORS = {
     "id_past_the_pool": (dict(token_lora_mapping=lambda a: torch.tensor([0, 2, -1])), LoraValueError, "outside the pool; got ids from -1 to 2"),
+    "id_past_int32": (dict(token_lora_mapping=lambda a: torch.tensor([0, 2**32, -1])), LoraValueError, "outside the pool"),
     "id_below_none": (dict(token_lora_mapping=lambda a: torch.tensor([0, -2, -1])), LoraValueError, "outside the pool"),
     "float_ids": (dict(token_lora_mapping=lambda a: torch.zeros(3)), LoraTypeError, "token_lora_mapping has no usable type"),
     "too_few_ids": (dict(token_lora_mapping=lambda a: a["token_lora_mapping"][:2]), LoraValueError, "got 2 ids; allowed: 3"),
@@ -231,8 +233,23 @@ ERRORS = {
     "weight_dtype": (dict(weight=lambda a: a["weight"].double()), LoraTypeError, "differ in dtype"),
     "pool_dtype": (dict(pool_a=lambda a: a["pool_a"].half()), LoraTypeError, "pool_a has an unsupported dtype"),
     "rank_above_pool": (dict(ranks=lambda a: torch.tensor([3, 1])), LoraValueError, "ranks from 1 to 3; allowed: 0 to 2"),
+    "rank_past_int32": (dict(ranks=lambda a: torch.tensor([1, 2**32 + 1])), LoraValueError, "a true rank outside the pool"),
+    "ranks_list": (dict(ranks=lambda a: [1, 2]), LoraTypeError, "ranks is no tensor; got list"),
     "float_ranks": (dict(ranks=lambda a: torch.ones(2)), LoraTypeError, "ranks has an unsupported dtype"),
     "scalings_shape": (dict(scalings=lambda a: torch.ones(3)), LoraValueError, "scalings does not fit the pools"),
+    "scalings_number": (dict(scalings=lambda a: 2.0), LoraTypeError, "scalings is no tensor; got float"),
+    "scalings_trained": (dict(scalings=lambda a: torch.ones(2, requires_grad=True)), LoraValueError, "scalings requires grad"),
+    "no_pools": (dict(pool_a=lambda a: [], pool_b=lambda a: []), LoraTypeError, r"pool_a is no tensor; got \[\]"),
+    "pool_none": (dict(pool_a=lambda a: None), LoraTypeError, "pool_a is no tensor; got None"),
+    "pool_b_numbers": (dict(pool_b=lambda a: [1.0]), LoraTypeError, "pool_b is no tensor; got float"),
+    "x_list": (dict(x=lambda a: [1.0]), LoraTypeError, "x is no tensor; got list"),
+    "x_number": (dict(x=lambda a: torch.ones(())), LoraValueError, "x has no dimension"),
+    "x_sparse": (dict(x=lambda a: a["x"].to_sparse()), LoraTypeError, "x has an unsupported layout"),
+    "weights_of_a_generator": (dict(weight=lambda a: (w for w in [a["weight"]])), LoraTypeError, "weight is no tensor; got generator"),
+    "no_outputs": (dict(weight=lambda a: a["weight"][:0], bias=lambda a: None, pool_b=lambda a: a["pool_b"][:, :0]), LoraValueError, "N >= 1"),
+    "no_inputs": (dict(x=lambda a: a["x"][:, :0], pool_a=lambda a: a["pool_a"][..., :0]), LoraValueError, "K >= 1"),
+    "dropout_above_1": (dict(dropout_p=lambda a: torch.tensor([0.5, 1.5])), LoraValueError, "no probability; got 0.5 to 1.5"),
+    "dropout_nan": (dict(dropout_p=lambda a: torch.tensor([0.5, float("nan")])), LoraValueError, "no probability"),
     "trained_weight": (dict(weight=lambda a: a["weight"].requires_grad_()), LoraValueError, "only the adapters are trained"),
     "lists_of_different_lengths": (dict(weight=lambda a: [a["weight"]] * 2), LoraValueError, "lists of different lengths"),
     "backend": (dict(backend=lambda a: "fast"), LoraValueError, "unknown backend"),
@@ -258,7 +275,59 @@ def test_shrink_and_expand_refuse_gradients_and_copies():
         lora_expand(torch.zeros(3, 7), h, b.pools_b[0], b.ids)
 
 
+EXPAND_ERRORS = {
+    "y_expanded": (dict(y=torch.zeros(1, 6).expand(3, 6)), LoraValueError, "elements of it share memory"),
+    "y_overlapping": (dict(y=torch.zeros(20).as_strided((3, 6), (4, 1))), LoraValueError, "elements of it share memory"),
+    "y_number": (dict(y=torch.zeros(())), LoraValueError, "x has no dimension"),
+    "h_none": (dict(h=None), LoraTypeError, "h is no tensor"),
+    "pool_none": (dict(pool_b=None), LoraTypeError, "pool_b is no tensor"),
+    "pool_vector": (dict(pool_b=torch.zeros(6)), LoraValueError, "pool_b has too few dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", EXPAND_ERRORS)
+def test_bad_arguments_of_expand(name):
+    changes, error, text = EXPAND_ERRORS[name]
+    good = dict(y=torch.zeros(3, 6), h=torch.zeros(3, 2), pool_b=torch.zeros(2, 6, 2), meta=torch.tensor([0, 1, -1], dtype=torch.int32))
+    lora_expand(**good)
+    with pytest.raises(error, match=text):
+        lora_expand(**(good | changes))
+
+
+def test_second_derivatives_say_what_to_do():
+    """Also where dy is a constant, which PyTorch's once_differentiable lets pass: the gradient's part that depends on A was lost in silence."""
+    b = Batch.random(ids=[0, 1, -1], Ns=[6], K=5, R=2, L=2)
+    x, a = b.x.clone().requires_grad_(), b.pools_a[0].clone().requires_grad_()
+    y = lora_batched_linear(x, b.weights[0], None, a, b.pools_b[0], b.ids)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(LoraKernelsError, match="second derivatives.*fix: compute this layer in plain PyTorch"):
+        grad.sum().backward()
+
+
+def test_fake_tensors_have_shapes_and_no_values():
+    b = Batch.random(ids=[0, 1, -1], Ns=[6], K=5, R=2, L=2, ranks=[2, 1])
+    ranks = b.ranks[0].clone()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor
+        x, w, a, bb, ids, ranks = map(fake, (b.x, b.weights[0], b.pools_a[0], b.pools_b[0], b.ids, ranks))
+        assert lora_batched_linear(x, w, None, a, bb, BatchMeta(ids, 2), ranks, dropout_p=torch.zeros(2)).shape == (3, 6)
+        h = lora_shrink(x, a, ids, ranks)
+        assert lora_expand(torch.zeros(3, 6), h, bb, ids, ranks).shape == (3, 6)
+
+
 # ------------------------------------------------------------------------------------------------------------- metadata
+
+
+def test_meta_made_in_inference_mode_is_updated_outside():
+    with torch.inference_mode():
+        meta = BatchMeta(torch.tensor([0, 1, -1]), 2)
+    assert meta.update_(torch.tensor([1, 1, 0])).ids.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("count", [None, 2.0, -1])
+def test_num_adapters_is_a_count(count):
+    with pytest.raises(LoraValueError, match="num_adapters is no count"):
+        BatchMeta(torch.tensor([-1]), count)
 
 
 @settings(max_examples=80, deadline=None)

@@ -216,6 +216,40 @@ def test_double_backward_says_what_to_do():
         grad.sum().backward()
 
 
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+}
+
+
+def _forward_mode(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        f(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMS, "forward mode"])
+@pytest.mark.parametrize("op", ["lora_linear", "lora_batched_linear", "lora_shrink"])
+def test_transforms_are_refused_with_a_fix(name, op) -> None:
+    x, w, a, b = torch.randn(3, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
+    ids = torch.zeros(1 if name == "vmap" else 3, dtype=torch.int32)
+    call = {
+        "lora_linear": lambda x: lk.lora_linear(x, w, None, a, b),
+        "lora_batched_linear": lambda x: lk.lora_batched_linear(x, w, None, a[None], b[None], ids),
+        "lora_shrink": lambda x: lk.lora_shrink(x, a[None], ids),
+    }[op]
+    call(x[:1] if name == "vmap" else x)  # a known signature
+    with pytest.raises(lk.LoraKernelsError, match=f"{op}: no .*fix: compute this layer in plain PyTorch"):
+        TRANSFORMS.get(name, _forward_mode)(call, x)
+
+
+def test_a_forward_level_around_plain_tensors_is_no_matter() -> None:
+    c = Case.random(9, 20, 33, 4)
+    with torch.autograd.forward_ad.dual_level():
+        y = lk.lora_linear(c.x, c.weight, c.bias, c.lora_a, c.lora_b, c.scaling)
+    assert torch.equal(y, lk.lora_linear(c.x, c.weight, c.bias, c.lora_a, c.lora_b, c.scaling))
+
+
 def test_meta_tensors_have_shapes():
     c = Case.random(9, 20, 33, 4)
     meta = [None if t is None else t.to("meta") for t in (c.x, c.weight, c.bias, c.lora_a, c.lora_b)]
@@ -223,6 +257,8 @@ def test_meta_tensors_have_shapes():
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
+
+JAGGED = torch.nested.nested_tensor([torch.zeros(2, 8), torch.zeros(3, 8)], layout=torch.jagged)
 
 BAD = {
     "k_differs": (dict(x=torch.zeros(3, 9)), ValueError, r"disagree on K; got x \[3, 9\], weight \[6, 8\]"),
@@ -240,6 +276,16 @@ BAD = {
     "dropout_range": (dict(dropout_p=1.5), ValueError, "no probability; got 1.5"),
     "backend_unknown": (dict(backend="rocm"), ValueError, "unknown backend; got 'rocm'"),
     "seed_dtype": (dict(dropout_p=0.5, seed=torch.zeros(1)), TypeError, "seed is no seed"),
+    "seed_type": (dict(dropout_p=0.5, seed="1"), TypeError, "seed is no seed; got str"),
+    "seed_fraction": (dict(dropout_p=0.5, seed=1.5), TypeError, "seed is no seed; got float"),
+    "seed_too_large": (dict(dropout_p=0.5, seed=2**63), ValueError, "seed is no seed; got 9223372036854775808"),
+    "scaling_beyond_floats": (dict(scaling=10**400), ValueError, "scaling is not finite"),
+    "no_outputs": (dict(weight=torch.zeros(0, 8), lora_b=torch.zeros(0, 4)), ValueError, r"weight has no elements; got weight \[0, 8\]"),
+    "no_inputs": (dict(x=torch.zeros(3, 0), weight=torch.zeros(6, 0), lora_a=torch.zeros(4, 0)), ValueError, "weight has no elements"),
+    "weight_none": (dict(weight=None), TypeError, "weight is no tensor; got NoneType"),
+    "x_sparse": (dict(x=torch.zeros(3, 8).to_sparse()), TypeError, r"x has an unsupported layout; got torch.sparse_coo.*to_dense"),
+    "weight_csr": (dict(weight=torch.eye(6, 8).to_sparse_csr()), TypeError, "weight has an unsupported layout; got torch.sparse_csr"),
+    "x_jagged": (dict(x=JAGGED), TypeError, "x has an unsupported layout; got nested torch.jagged"),
     "weight_trainable": (dict(weight=torch.zeros(6, 8, requires_grad=True)), ValueError, "weight requires grad"),
 }
 

@@ -9,6 +9,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import Parameter
 
 try:
@@ -49,9 +50,14 @@ def _pointers(*tensors: Tensor | tuple[Tensor, ...] | None) -> tuple:
 signature, addresses = (_C.signature, _C.addresses) if tensors_shown() else (_from_attributes, _pointers)
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether the elements can be read: not of a meta or fake tensor."""
+    return not t.is_meta and (type(t) in _PLAIN or not is_fake(t))
+
+
 def value_range(t: Tensor) -> tuple[int, int]:
     """Least and largest value of integers on a CPU, at least one; aminmax costs 3.2 us, this 0.7 us for int32."""
-    if t.dtype == torch.int32 and t.is_contiguous() and tensors_shown():
+    if t.dtype == torch.int32 and type(t) in _PLAIN and t.is_contiguous() and tensors_shown():
         return _C.cpu_int_range(t)
     low, high = t.aminmax()
     return int(low), int(high)

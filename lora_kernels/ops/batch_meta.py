@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from .. import _batch_table, _device
+from .. import _batch_table, _checks_batched, _device
 from .._errors import LoraTypeError, LoraValueError, message
-from ..native.signature import value_range
+from ..native.signature import has_values, value_range
 
 
 def check_ids(op: str, ids: Tensor, L: int) -> None:
     """Raise when an id is outside -1 ... L - 1. On a GPU only with LORA_KERNELS_CHECK_IDS=1, for it waits for the device."""
-    if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
+    if torch.compiler.is_compiling() or ids.numel() == 0 or not has_values(ids):
         return
     if ids.device.type != "cpu" and not _device.env_flag("LORA_KERNELS_CHECK_IDS"):
         return
@@ -25,7 +27,7 @@ def check_ids(op: str, ids: Tensor, L: int) -> None:
 
 def check_ranks(op: str, ranks: Tensor | None, R: int) -> None:
     """Raise when a true rank is outside 0 ... R; read on a CPU only, where that costs no wait."""
-    if ranks is None or ranks.device.type != "cpu" or torch.compiler.is_compiling() or ranks.numel() == 0:
+    if ranks is None or ranks.device.type != "cpu" or torch.compiler.is_compiling() or ranks.numel() == 0 or not has_values(ranks):
         return
     low, high = value_range(ranks)
     if low < 0 or high > R:
@@ -37,7 +39,7 @@ def as_ids(op: str, ids: Tensor) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise LoraTypeError(message(f"{op}: token_lora_mapping has no usable type", got, "an int32 tensor, one id per row", "ids.to(torch.int32)"))
-    return ids.reshape(-1).to(torch.int32).contiguous()
+    return _checks_batched.narrowed(ids.reshape(-1), torch.int32).contiguous()
 
 
 def _build(ids: Tensor, L: int, block: int, out: Tensor) -> Tensor:
@@ -47,6 +49,11 @@ def _build(ids: Tensor, L: int, block: int, out: Tensor) -> Tensor:
 
         return batched_table.build(ids, L, block, out)
     return _batch_table.build(ids, L, block, out)
+
+
+def writable(t: Tensor) -> AbstractContextManager:
+    """A context in which t can be written: what was made in inference mode only in inference mode."""
+    return torch.inference_mode() if t.is_inference() else nullcontext()
 
 
 class BatchMeta:
@@ -64,6 +71,8 @@ class BatchMeta:
 
     def __init__(self, token_lora_mapping: Tensor, num_adapters: int, batch_invariant: bool | None = None):
         ids = as_ids("BatchMeta", token_lora_mapping)
+        if not isinstance(num_adapters, (int, torch.SymInt)) or num_adapters < 0:
+            raise LoraValueError(message("BatchMeta: num_adapters is no count", repr(num_adapters)[:80], "an int of at least 0"))
         check_ids("BatchMeta", ids, num_adapters)
         self.num_adapters = num_adapters
         self.batch_invariant = _device.env_flag("LORA_KERNELS_BATCH_INVARIANT") if batch_invariant is None else batch_invariant
@@ -87,7 +96,8 @@ class BatchMeta:
                 message("BatchMeta.update_: another number of rows", got, allowed, "build one BatchMeta per batch size, pad with -1")
             )
         check_ids("BatchMeta.update_", ids, self.num_adapters)
-        self.ids.copy_(ids)
-        if self.table is not None:
-            _build(self.ids, self.num_adapters, self.block, self.table)
+        with writable(self.ids):
+            self.ids.copy_(ids)
+            if self.table is not None:
+                _build(self.ids, self.num_adapters, self.block, self.table)
         return self

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import _batch_table, _checks, _checks_batched, _device
 from .._errors import LoraKernelsError, LoraValueError, message
+from ..native.signature import has_values
 from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks
-from .lora_linear import _autocasts, _run, draw_seed
+from .lora_linear import PLAIN, _autocasts, _run, draw_seed, refuse_transforms
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -91,8 +92,13 @@ class _LoraBatched(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled():  # create_graph=True
+            return _OnceDifferentiable.apply(ctx, dy, *ctx.saved_tensors)
+        return _LoraBatched.grads(ctx, dy)
+
+    @staticmethod
+    def grads(ctx, dy):
         call, S, (x, *saved, h, mask) = ctx.call, ctx.slices, ctx.saved_tensors
         weights, pools_a, pools_b = (saved[i * S : (i + 1) * S] for i in range(3))
         needs = ctx.needs_input_grad[2:]
@@ -102,6 +108,18 @@ class _LoraBatched(torch.autograd.Function):
         dbias = [part.sum(0) if need else None for part, need in zip(dy.split(ctx.widths, 1), need_bias, strict=True)]
         wanted = [*zip(da or [None] * S, need_da, strict=True), *zip(db or [None] * S, need_db, strict=True)]
         return None, None, dx if need_dx else None, *[None] * S, *dbias, *[g if need else None for g, need in wanted]
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The backward under create_graph=True: gives the gradients, and a clear error to whoever differentiates them."""
+
+    @staticmethod
+    def forward(_, ctx, dy, *saved):
+        return _LoraBatched.grads(ctx, dy)
+
+    @staticmethod
+    def backward(_, *grads):
+        raise LoraKernelsError(message("lora_batched_linear: second derivatives are not implemented", allowed="one backward pass", fix=PLAIN))
 
 
 # ------------------------------------------------------------------------------------------------------- arguments, shared
@@ -150,6 +168,10 @@ def _dropout_table(op: str, dropout_p: float | Tensor | None, training: bool, L:
     if isinstance(dropout_p, Tensor):
         if dropout_p.shape != (L,) or not dropout_p.is_floating_point():
             raise LoraValueError(message(f"{op}: dropout_p does not fit the pools", f"{dropout_p.dtype} {list(dropout_p.shape)}", f"float [{L}]"))
+        if dropout_p.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(dropout_p):
+            low, high = dropout_p.aminmax()
+            if not 0 <= low <= high <= 1:
+                raise LoraValueError(message(f"{op}: dropout_p is no probability", f"{low:g} to {high:g}", "numbers from 0 to 1"))
         return dropout_p.to(device, torch.float32)
     _checks.check_dropout(op, dropout_p)
     return torch.full((L,), float(dropout_p), device=device) if dropout_p > 0 else None
@@ -214,7 +236,11 @@ def lora_batched_linear(
     Source: Punica, arXiv:2310.18547 (SGMV, BGMV); S-LoRA, arXiv:2311.03285 (true ranks).
     """
     op = "lora_batched_linear"
-    pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
+    try:
+        pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
+    except (AttributeError, TypeError):
+        _checks_batched.check_lists(op, x, pool_a=pool_a, pool_b=pool_b)
+        raise
     S, stacked, key = len(pools_a), isinstance(weight, Tensor), None
     if dropout_p is None:
         given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
@@ -222,6 +248,8 @@ def lora_batched_linear(
         if (run := _serving_path.find(key)) is not None:
             y = run(*given)
             return y if stacked else y.split([w.shape[0] for w in weight], -1)
+    _checks_batched.check_lists(op, x, weight=weight, pool_a=pools_a, pool_b=pools_b)
+    refuse_transforms(op, x, *pools_a, *pools_b)
     if _autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype) if stacked else [w.to(dtype) for w in weight]

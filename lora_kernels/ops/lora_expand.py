@@ -13,7 +13,7 @@ from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks
 from .lora_batched import resolve_meta, squeeze_slab
-from .lora_linear import _run
+from .lora_linear import _run, refuse_transforms
 from .lora_shrink import refuse_grad
 
 torch.library.define(
@@ -32,6 +32,16 @@ def _impl(y, *rest):
 @torch.library.register_fake("lora_kernels::lora_expand")
 def _fake(y, h, pools_b, ids, ranks, table, block, batch_invariant, backend, strict):
     return None
+
+
+def _overlaps(y: Tensor) -> bool:
+    """Whether elements of y may share memory."""
+    reach = 0  # from the first to the last element of the dimensions so far
+    for stride, size in sorted((stride, size) for size, stride in zip(y.shape, y.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def lora_expand(
@@ -62,13 +72,22 @@ def lora_expand(
     Source: Punica, arXiv:2310.18547.
     """
     op = "lora_expand"
-    pools_b = [squeeze_slab(p) for p in as_list(pool_b)]
-    S, N = len(pools_b), sum(p.shape[1] for p in pools_b)
-    h = h.unsqueeze(0) if h.dim() == 2 and S == 1 else h
+    try:
+        pools_b = [squeeze_slab(p) for p in as_list(pool_b)]
+        S, N = len(pools_b), sum(p.shape[1] for p in pools_b)
+        h = h.unsqueeze(0) if h.dim() == 2 and S == 1 else h
+    except (AttributeError, IndexError, TypeError):
+        _checks_batched.check_lists(op, y, pool_b=pool_b)
+        _checks.check_tensors(op, h=h)
+        if all(p.dim() > 1 for p in as_list(pool_b)):
+            raise
+        raise LoraValueError(message(f"{op}: pool_b has too few dimensions", [list(p.shape) for p in as_list(pool_b)], "[L, N, R]")) from None
     key, given = _serving_path.key_of(y, (h, *pools_b, ranks), meta, op, S, batch_invariant, backend, strict), (meta, ranks)
     if (run := _serving_path.find(key)) is not None:
         run(y, h, pools_b, *given)
         return y
+    _checks_batched.check_lists(op, y, pool_b=pools_b)
+    refuse_transforms(op, y, h, *pools_b)
     if h.dim() != 3 or h.shape[0] != S or y.shape[-1] != N or h.shape[1] * N != y.numel():
         got = f"h {list(h.shape)}, y {list(y.shape)}"
         raise LoraValueError(message(f"{op}: h and y do not fit pool_b", got, f"h [{S}, M, R], y [..., {N}] with M rows"))
@@ -82,6 +101,9 @@ def lora_expand(
         flat = y if y.dim() == 2 else y.view(-1, N)
     except RuntimeError as error:
         raise LoraValueError(message(f"{op}: y cannot be written in place", f"strides {y.stride()}", "rows that flatten to [M, N]")) from error
+    if not torch.compiler.is_compiling() and _overlaps(flat):
+        got = f"strides {y.stride()}"
+        raise LoraValueError(message(f"{op}: y cannot be written in place, elements of it share memory", got, "a place for each", "y.contiguous()"))
     L = pools_b[0].shape[0]
     meta = resolve_meta(op, meta, flat.shape[0], L, y, batch_invariant)
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, y.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -170,6 +171,19 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     return run(dy, x, *args)
 
 
+def refuse_transforms(op: str, *tensors: Tensor) -> None:
+    """Raise under a torch.func transform, and for tensors that carry a forward-mode derivative: the kernels know of neither."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise LoraKernelsError(message(f"{op}: no torch.func transforms (grad, vmap, jvp)", allowed="torch.autograd", fix=PLAIN))
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise LoraKernelsError(message(f"{op}: no forward-mode derivatives", allowed="backward", fix=PLAIN))
+
+
+PLAIN = "compute this layer in plain PyTorch: F.linear(x, W, b) + s * F.linear(F.linear(x, A), B)"
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """The backward under create_graph=True: gives the gradients, and a clear error to whoever differentiates them."""
 
@@ -179,8 +193,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        fix = "compute this layer in plain PyTorch: F.linear(x, W, b) + s * F.linear(F.linear(x, A), B)"
-        raise LoraKernelsError(message("lora_linear: second derivatives are not implemented", allowed="one backward pass", fix=fix))
+        raise LoraKernelsError(message("lora_linear: second derivatives are not implemented", allowed="one backward pass", fix=PLAIN))
 
 
 def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -191,6 +204,13 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise LoraTypeError(message("lora_linear: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
         return seed.to(device).reshape(1)
+    if not isinstance(seed, int):
+        try:
+            seed = operator.index(seed)  # numpy's integers
+        except TypeError:
+            raise LoraTypeError(message("lora_linear: seed is no seed", type(seed).__name__, "int, or int64 tensor of 1 element")) from None
+    if not -(2**63) <= seed < 2**63:
+        raise LoraValueError(message("lora_linear: seed is no seed", seed, "an int of 64 bits"))
     return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 
@@ -260,6 +280,7 @@ def lora_linear(
     dropout_p = float(dropout_p) if training else 0.0
     seed = draw_seed(seed, x.device) if dropout_p > 0 else None
     if key is None:
+        refuse_transforms("lora_linear", x, lora_a, lora_b)
         return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, (scaling, dropout_p, seed, backend, strict, None))
     if run is None:
         args = (weight, bias, lora_a, lora_b, scaling, dropout_p, seed)

@@ -13,7 +13,7 @@ from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks
 from .lora_batched import resolve_meta, squeeze_slab
-from .lora_linear import _run
+from .lora_linear import _run, refuse_transforms
 
 torch.library.define(
     "lora_kernels::lora_shrink",
@@ -67,12 +67,18 @@ def lora_shrink(
     Source: Punica, arXiv:2310.18547.
     """
     op = "lora_shrink"
-    pools_a = [squeeze_slab(p) for p in as_list(pool_a)]
+    try:
+        pools_a = [squeeze_slab(p) for p in as_list(pool_a)]
+    except (AttributeError, TypeError):
+        _checks_batched.check_lists(op, x, pool_a=pool_a)
+        raise
     tensors, options = (*pools_a, ranks, scalings), (len(pools_a), rank_packed, batch_invariant, backend, strict)
     key, given = _serving_path.key_of(x, tensors, meta, op, *options), (meta, ranks, scalings)
     if (run := _serving_path.find(key)) is not None:
         h = run(x, pools_a, *given)
         return h[0] if isinstance(pool_a, Tensor) else h
+    _checks_batched.check_lists(op, x, pool_a=pools_a)
+    refuse_transforms(op, x, *pools_a)
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     _checks.check_backend(op, backend)
     refuse_grad(op, x, *pools_a)

@@ -64,6 +64,21 @@ def test_sglang_segments_permutation_and_packed_slices():
     assert torch.equal(y, expected)
 
 
+def test_rows_that_a_permutation_does_not_name_use_none():
+    """As in a batch padded for a CUDA graph."""
+    info = sglang_info([1, 0, 1], [2, 2], [1.0, 1.0], base_slot=1)
+    assert interop.from_sglang(info, num_tokens=6).meta.ids.tolist() == [1, 0, 1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("layer, rows", [(-1, 4), (2, 4), (0, 0)], ids=["negative", "past_the_last", "no_rows"])
+def test_no_layer_outside_the_pointers_memory(layer, rows):
+    weights = torch.zeros(3, 2, 4, 8)  # [adapters, layers, R, K]
+    pointers = torch.tensor([weights[2].data_ptr(), weights[1].data_ptr()])
+    assert interop.pool_of_pointers(pointers, 4, 8, torch.float32, layer=1, owner=weights).pool.shape == (2, 4, 8)
+    with pytest.raises(LoraValueError, match="no such layer"):
+        interop.pool_of_pointers(pointers, rows, 8, torch.float32, layer=layer, owner=weights)
+
+
 def test_sglang_without_permutation_needs_the_number_of_rows():
     info = sglang_info([0, 0, 1], [2, 2], [1.0, 1.0], base_slot=1)
     info.permutation = info.expected_tokens = None

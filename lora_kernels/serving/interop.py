@@ -48,13 +48,13 @@ def from_vllm(meta_args: Sequence[Tensor], num_adapters: int, batch_invariant: b
 def segment_ids(indptr: Tensor, slots: Tensor, num_tokens: int, permutation: Tensor | None = None) -> Tensor:
     """int32 `[num_tokens]` from contiguous segments: rows indptr[i] ... indptr[i + 1] use slots[i]; rows past the last segment use none.
 
-    `permutation` int `[num_tokens]`: segment position j stands for row permutation[j].
+    `permutation` int `[up to num_tokens]`: segment position j stands for row permutation[j]; rows that it does not name use none.
     """
     position = torch.arange(num_tokens, device=indptr.device, dtype=indptr.dtype)
     segment = torch.searchsorted(indptr[1:].contiguous(), position, right=True)
     padded = torch.cat([slots.to(torch.int32), slots.new_full((1,), -1, dtype=torch.int32)])
     ids = padded[segment]
-    return ids if permutation is None else torch.empty_like(ids).scatter_(0, permutation.to(torch.int64), ids)
+    return ids if permutation is None else torch.full_like(ids, -1).scatter_(0, permutation.to(torch.int64), ids)
 
 
 def from_sglang(batch_info: Any, num_tokens: int | None = None, batch_invariant: bool | None = None) -> Foreign:
@@ -118,7 +118,7 @@ def pool_of_pointers(
     Where Punica keeps the transpose (`[H1, R]` for A in sgmv_cutlass), give rows and columns as stored and use `pool.transpose(1, 2)`.
 
     Raises:
-        LoraValueError: pointers without a common pitch of at least one matrix.
+        LoraValueError: pointers without a common pitch of at least one matrix; a layer past it.
     """
     if pointers.dtype != torch.int64 or pointers.numel() == 0:
         raise LoraTypeError(message("pool_of_pointers: these are no pointers", f"{pointers.dtype} {list(pointers.shape)}", "int64 [segments >= 1]"))
@@ -127,6 +127,9 @@ def pool_of_pointers(
     first, matrix = min(addresses), rows * columns * size
     pitch = math.gcd(*(address - first for address in addresses)) or matrix
     slots = [(address - first) // pitch for address in addresses]
+    if layer < 0 or rows < 1 or columns < 1 or (len(set(addresses)) > 1 and (layer + 1) * matrix > pitch >= matrix):
+        got, allowed = f"layer {layer} of [{rows}, {columns}] at a pitch of {pitch} bytes", "rows and columns from 1, a layer inside the pitch"
+        raise LoraValueError(message("pool_of_pointers: no such layer", got, allowed))
     if pitch < matrix or pitch % size or max(slots) >= most:
         fix = "allocate the adapters in one [adapters, layers, rows, columns] tensor and use its slice for the layer as the pool"
         got = f"pitch {pitch} bytes for matrices of {matrix}, {max(slots) + 1} places"

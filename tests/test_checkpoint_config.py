@@ -61,6 +61,7 @@ REFUSALS = {
     "r-true": ({"r": True}, "r is no rank"),
     "alpha-nan": ({"lora_alpha": math.nan}, "lora_alpha is not finite"),
     "alpha-huge": ({"lora_alpha": 10**400}, "lora_alpha is not finite"),
+    "alpha-beyond-float32": ({"lora_alpha": 1e300}, "the scaling by adapter_config.json is not finite in float32"),
     "alpha-text": ({"lora_alpha": "8"}, "lora_alpha is not finite"),
     "rslora-text": ({"use_rslora": "yes"}, "use_rslora is no flag"),
     "patterns-list": ({"rank_pattern": ["q"]}, "rank_pattern is malformed"),
@@ -165,7 +166,12 @@ def test_config_files_that_are_no_config(base, pool, tmp_path, text, reason):
 
 
 def test_folders_that_are_none(pool, tmp_path):
-    for folder, reason in ((tmp_path / "none", "no such adapter folder"), ("a\0b", "no such adapter folder"), (tmp_path, "cannot be opened")):
+    for folder, reason in (
+        (tmp_path / "none", "no such adapter folder"),
+        ("a\0b", "no such adapter folder"),
+        ("a" * 5000, "no such"),
+        (tmp_path, "cannot be opened"),
+    ):
         with pytest.raises(LoraValueError, match=reason):
             pool.load("x", folder)
     with pytest.raises(LoraTypeError, match="no path"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import threading
+import weakref
 
 import pytest
 import torch
@@ -182,6 +185,65 @@ def test_an_error_inside_a_batch_releases_it(base, pool):
     assert torch.equal(base(IDS).logits, tiny_llama()(IDS).logits)
 
 
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab"])
+def test_batches_left_in_any_order_leave_nothing_behind(base, pool, order):
+    """As coroutines of one thread leave theirs. The last one that was entered and still runs is the one that counts."""
+    expected = {}
+    batches = {name: pool.batch([adapter] * 3) for name, adapter in zip("abc", "abq", strict=True)}
+    for name, batch in batches.items():
+        with batch:
+            expected[name] = base(IDS).logits
+    for batch in batches.values():
+        batch.__enter__()
+    for name in order:
+        assert torch.equal(base(IDS).logits, expected[max(batches)])
+        batches.pop(name).__exit__(None, None, None)
+        assert torch.is_grad_enabled() == (not batches)
+    assert torch.equal(base(IDS).logits, tiny_llama()(IDS).logits)
+    assert pool.stats()["in_use"] == 0
+
+
+def test_a_batch_is_left_once_and_where_it_was_entered(base, pool):
+    batch, found = pool.batch(["a"] * 3), []
+
+    def leave():
+        with pytest.raises(LoraKernelsError, match="cannot be left here: it was entered in another thread"):
+            batch.__exit__(None, None, None)
+        found.append(True)
+
+    with pytest.raises(LoraKernelsError, match="cannot be left here: it does not run"):
+        batch.__exit__(None, None, None)
+    with batch:
+        thread = threading.Thread(target=leave)
+        thread.start()
+        thread.join()
+        assert pool.stats()["in_use"] == 1
+    assert found
+    assert pool.stats()["in_use"] == 0
+
+
+def test_an_update_that_fails_changes_nothing(base, pool):
+    slots = torch.full((18,), pool.slot("a"), dtype=torch.int32)
+    with pool.batch_tokens(slots) as batch:
+        before = base(IDS).logits
+        for bad in (slots + 99, slots.long() + 2**32):
+            with pytest.raises(LoraValueError, match="outside the pool"):
+                batch.update_(bad)
+        assert torch.equal(base(IDS).logits, before)
+    assert pool.stats()["in_use"] == 0
+
+
+def test_a_batch_warmed_up_in_inference_mode_is_updated_outside(base, pool):
+    with pool.batch(["a", None, "b"]):
+        expected = base(IDS).logits
+    with pool.batch(["b", "b", None]) as batch:
+        with torch.inference_mode():
+            base(IDS)
+        batch.update_(["a", None, "b"])
+        assert torch.equal(base(IDS).logits, expected)
+    assert pool.stats()["in_use"] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pool_dtype", [None, torch.float32], ids=["as-model", "fp32"])
 def test_sixteen_bit_models(tmp_path, dtype, pool_dtype):
@@ -232,8 +294,9 @@ def test_compiled_model(base, folders, exact_base):
         ("a", LoraTypeError, "one name or None per row"),
         ([], LoraValueError, "no rows"),
         ([1, None, None], LoraValueError, "no adapter of this name"),
+        (torch.zeros(0, dtype=torch.int32), LoraValueError, "no rows"),
     ],
-    ids=["unknown", "string", "empty", "number"],
+    ids=["unknown", "string", "empty", "number", "no_slots"],
 )
 def test_batch_refuses(base, pool, rows, error, text):
     with pytest.raises(error, match=text), pool.batch(rows):
@@ -259,12 +322,15 @@ def test_batch_that_does_not_fit_the_input(base, pool):
         ({"max_rank": 2.5}, "max_rank is no count"),
         ({"target_modules": ["q_proj", "qq"]}, "no linear layer of this name.*'qq'.*down_proj"),
         ({"dtype": torch.float16}, "cannot be served"),
+        ({"model": "llama"}, "model is no module; got str"),
+        ({"target_modules": 3}, "target_modules are no names; got 3"),
+        ({"target_modules": [3]}, r"target_modules are no names; got \[3\]"),
     ],
-    ids=["max_loras", "max_rank", "target", "dtype"],
+    ids=["max_loras", "max_rank", "target", "dtype", "model", "target_number", "target_numbers"],
 )
 def test_pool_refuses_bad_arguments(base, arguments, text):
     with pytest.raises(LoraKernelsError, match=text):
-        AdapterPool(base, **{"max_loras": 2, "max_rank": 4} | arguments)
+        AdapterPool(**{"model": base, "max_loras": 2, "max_rank": 4} | arguments)
     assert all(type(m) is not nn.Linear or not hasattr(m, "_lora_target") for m in base.modules())
 
 
@@ -274,6 +340,24 @@ def test_one_pool_per_model_and_no_copies_of_a_pooled_model(base, pool):
     for copying in (copy.deepcopy, pickle.dumps):
         with pytest.raises(LoraKernelsError, match="neither copied nor pickled"):
             copying(base.model.layers[0].mlp)
+        with pytest.raises(LoraKernelsError, match="neither copied nor pickled"):
+            copying(pool)
+
+
+def test_a_pool_that_is_dropped_gives_the_model_back(base, folders):
+    pool = AdapterPool(base, 1, 8)
+    pool.load("a", folders["a"])
+    slab = weakref.ref(next(m for m in base.modules() if hasattr(m, "_lora_target"))._lora_target.group.slabs_a[0])
+    batch = pool.batch(["a"] * 3)
+    del pool
+    gc.collect()
+    with batch:  # holds its pool
+        assert not torch.equal(base(IDS).logits, tiny_llama()(IDS).logits)
+    del batch
+    gc.collect()
+    assert slab() is None
+    assert torch.equal(base(IDS).logits, tiny_llama()(IDS).logits)
+    AdapterPool(base, 1, 8).close()
 
 
 def test_target_modules_narrow_what_is_served(base, tmp_path, folders):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
-from ..ops.batch_meta import BatchMeta
+from ..ops.batch_meta import BatchMeta, as_ids, check_ids, writable
 from .slots import Adapter
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ class Batch:
         self._ids: Tensor | None = None
         self._metas: dict[tuple[torch.device, torch.Size], BatchMeta] = {}
         self._touched: set[int] = set()
-        self._outer: list = []
+        self._outer: tuple[Batch | None, bool] | None = None  # while it runs: the batch around it, and whether gradients were recorded there
         self.with_bias = False
         self.shared: tuple[Group, Tensor, int, int, list[Tensor]] | None = None
 
     def __enter__(self) -> Batch:
-        if self._outer:
+        if self._outer is not None:
             raise LoraKernelsError(message("this batch is running already", fix="make one batch per with statement"))
         self._adapters, self._ids = self._resolve(self._rows)
         try:
@@ -53,24 +53,41 @@ class Batch:
             raise
         self.with_bias = any(a is not None and a.bias for a in self._adapters)
         self._touched = {i for a in self._adapters if a is not None for i in a.modules}
-        no_grad = torch.no_grad()
-        self._outer = [self._pool._current.batch, no_grad]
+        self._outer = (self._pool._current.batch, torch.is_grad_enabled())
         self._pool._current.batch = self
-        no_grad.__enter__()
+        torch.set_grad_enabled(False)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        outer, no_grad = self._outer
-        no_grad.__exit__(*error)
-        self._pool._current.batch = outer
-        self._outer, self.shared, self._metas = [], None, {}
+    def __exit__(self, *_: object) -> None:
+        inner = self._leave()
+        if inner is None:
+            self._pool._current.batch, recorded = self._outer
+            torch.set_grad_enabled(recorded)
+        else:  # not the innermost, as when coroutines of one thread interleave: the one inside stays, and goes on to what was around this
+            inner._outer = self._outer
+        self._outer, self.shared, self._metas = None, None, {}
         self._pool._left(self._adapters)
+
+    def _leave(self) -> Batch | None:
+        """The batch of this thread that runs directly inside this one, or None."""
+        batch, inner = self._pool._current.batch, None
+        while batch is not self:
+            if batch is None or batch._outer is None:
+                reason = "does not run" if self._outer is None else "was entered in another thread"
+                raise LoraKernelsError(message(f"a batch cannot be left here: it {reason}", fix="leave it once, in the thread that entered it"))
+            batch, inner = batch._outer[0], batch
+        return inner
 
     def update_(self, rows: Sequence[str | None] | Tensor) -> Batch:
         """Other adapters for as many rows, written into the same memory, so that a captured CUDA graph uses them at its next replay."""
-        if not self._outer:
+        if self._outer is None:
             raise LoraKernelsError(message("Batch.update_ outside the batch", fix="call it inside the with statement"))
         adapters, ids = self._resolve(rows)
+        try:
+            check_ids("Batch.update_", ids, self._pool._num_slots)
+        except LoraKernelsError:
+            self._pool._release(adapters)
+            raise
         reason = None
         if ids.shape != self._ids.shape:
             reason = message("Batch.update_: another number of rows", ids.shape[0], self._ids.shape[0], "make one batch per batch size")
@@ -81,10 +98,13 @@ class Batch:
             raise LoraValueError(reason)
         held, self._adapters = self._adapters, adapters
         self._touched = {i for a in adapters if a is not None for i in a.modules}
-        self._ids.copy_(ids)
-        for (device, _), meta in self._metas.items():
-            meta.update_(self._expand(meta.num_tokens).to(device))
-        self._pool._release(held)
+        try:
+            with writable(self._ids):
+                self._ids.copy_(ids)
+            for (device, _), meta in self._metas.items():
+                meta.update_(self._expand(meta.num_tokens).to(device))
+        finally:
+            self._pool._release(held)
         return self
 
     def _resolve(self, rows: Sequence[str | None] | Tensor) -> tuple[list[Adapter | None], Tensor]:
@@ -92,7 +112,9 @@ class Batch:
         if isinstance(rows, Tensor):
             if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1:
                 raise LoraTypeError(message("slots are no ids", f"{rows.dtype} {list(rows.shape)}", "int32 [M], as from AdapterPool.slot, or names"))
-            return list(self._pool._slots.acquire_all()), rows.to(torch.int32, copy=True)
+            if not self._per_token and not rows.numel():
+                raise LoraValueError(message("a batch needs one slot or -1 per row", "no rows"))
+            return list(self._pool._slots.acquire_all()), as_ids("a batch", rows).clone()
         if isinstance(rows, str) or not isinstance(rows, Sequence):
             raise LoraTypeError(message("a batch needs one name or None per row", repr(rows)[:80], '["sql", None, "legal"]'))
         if not rows:

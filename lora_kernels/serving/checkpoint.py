@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .._errors import LoraTypeError, LoraValueError, message
 from .peft_config import missing_targets, read_config
 from .tensor_file import TensorFile
@@ -100,7 +102,9 @@ class Checkpoint:
                 raise _bad(f"{key} has the wrong shape", list(got), f"{list(wanted)} by the model and the config's rank {rank}")
         if rank > max_rank:
             raise _bad(f"{module} has a rank above the pool's", rank, f"at most max_rank {max_rank}", f"AdapterPool(max_rank={rank})")
-        return Pair(a, b, bias, rank, self.config.scaling(module))
+        if not abs(scaling := self.config.scaling(module)) <= torch.finfo(torch.float32).max:
+            raise _bad(f"{module}: the scaling by adapter_config.json is not finite in float32", f"{scaling:g}", fix="look at lora_alpha")
+        return Pair(a, b, bias, rank, scaling)
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -119,7 +123,7 @@ def _folder(folder: str | os.PathLike) -> Path:
         raise LoraTypeError(message("the adapter's folder is no path", type(folder).__name__, "str or os.PathLike")) from None
     try:
         is_folder = path.is_dir()
-    except ValueError:  # a null byte, before Python 3.12
+    except (ValueError, OSError):  # a null byte, before Python 3.12; a name too long
         is_folder = False
     if not is_folder:
         raise LoraValueError(message("there is no such adapter folder", repr(str(path)), "a folder as written by PEFT's save_pretrained"))

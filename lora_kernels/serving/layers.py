@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._errors import LoraKernelsError, LoraValueError, message
+from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from ..ops.lora_batched import lora_batched_linear
 from ..ops.lora_expand import lora_expand
 from ..ops.lora_shrink import lora_shrink
@@ -137,12 +137,16 @@ def _add_bias(batch: Batch, target: Target, x: Tensor, y: Tensor) -> Tensor:
 
 def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[str, nn.Linear]:
     """Plain linear layers by name: those whose name is, or ends in, one of `target_modules`; all but the output embedding when None."""
+    if not isinstance(model, nn.Module):
+        raise LoraTypeError(message("AdapterPool: model is no module", type(model).__name__, "a torch.nn.Module with linear layers"))
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in m.__dict__}
     if target_modules is None or target_modules == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = {name: m for name, m in linears.items() if m is not head}
     else:
-        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        wanted = [target_modules] if isinstance(target_modules, str) else target_modules
+        if not isinstance(wanted, Sequence | Set) or not all(isinstance(t, str) for t in wanted):
+            raise LoraTypeError(message("AdapterPool: target_modules are no names", repr(target_modules)[:80], "a list of str, or None"))
         matches = {t: [n for n in linears if n == t or n.endswith("." + t)] for t in wanted}
         if missing := [t for t, names in matches.items() if not names]:
             kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears})) or "no plain torch.nn.Linear at all"
@@ -200,10 +204,11 @@ def allocate_biases(group: Group, L: int) -> None:
 
 
 def swap_in(target: Target) -> None:
-    target.layer.__class__ = PooledLinear
     target.layer._lora_target = target
+    target.layer.__class__ = PooledLinear
 
 
-def swap_out(target: Target) -> None:
-    target.layer.__class__ = nn.Linear
-    del target.layer._lora_target
+def swap_out(targets: Iterable[Target]) -> None:
+    for target in targets:
+        target.layer.__class__ = nn.Linear
+        del target.layer._lora_target

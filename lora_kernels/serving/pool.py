@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class AdapterPool:
     Equivalent to: running each row of the batch through `PeftModel.from_pretrained(model, its adapter)`, or the bare model for None.
 
     Outside a batch the model computes what it did before, bit for bit; so do rows without an adapter (see exact_base). `close` puts the
-    model back; the pool is a context manager that closes itself.
+    model back; the pool is a context manager that closes itself, and a pool that nothing refers to any more is closed.
 
     Args:
         model: any module with `torch.nn.Linear` layers, already on its device. Do not move or convert it while the pool is open.
@@ -103,6 +104,12 @@ class AdapterPool:
         self._wait_for_fills()
         for target in self._targets.values():
             layers.swap_in(target)
+        # Nobody can begin a batch of a pool that was dropped: its model gets its layers back, and the slabs are freed.
+        self._restore = weakref.finalize(self, layers.swap_out, list(self._targets.values()))
+        self._restore.atexit = False
+
+    def __reduce__(self):
+        raise LoraKernelsError(message("an AdapterPool can be neither copied nor pickled", fix="make another one for another model"))
 
     # ------------------------------------------------------------------------------------------------------------- adapters
 
@@ -173,6 +180,7 @@ class AdapterPool:
     def batch(self, names: Sequence[str | None]) -> Batch:
         """A context in which sequence i of the model's input uses adapter names[i], or none.
 
+        It holds for the thread that entered it: a thread that is started inside (as for a streamed `generate`) enters a batch of its own.
         The input's leading dimension is the number of names or, with beams, a multiple of it. Works with `generate` (KV cache, padding,
         beams), `torch.compile` and, through `Batch.update_`, CUDA graphs. Entering raises LoraValueError for names that are not loaded.
         """
@@ -197,8 +205,7 @@ class AdapterPool:
             if self._closed:
                 return
             self._closed = True
-        for target in self._targets.values():
-            layers.swap_out(target)
+        self._restore()
         self._targets, self._shapes, self._shards = {}, {}, []
 
     def __enter__(self) -> AdapterPool:

@@ -190,6 +190,26 @@ def test_forked_dataloader_worker():
         assert torch.equal(batch[0], here)
 
 
+FORKED = """
+import os, signal, torch, lora_kernels as lk
+torch.set_num_threads(2)
+x, w, a, b = torch.randn(512, 256), torch.randn(256, 256), torch.randn(16, 256), torch.randn(256, 16)
+x @ w.t()
+if pid := os.fork():
+    raise SystemExit(os.waitpid(pid, 0)[1])
+signal.alarm(30)
+with lk.native.cpu.plan.forced("panels"):
+    lk.lora_linear(x, w, None, a, b, backend="cpu", strict=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_child_of_a_parent_that_used_torchs_pool_and_never_ours():
+    code = "import lora_kernels.native.cpu\n" + FORKED
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
 def test_it_shares_torchs_thread_pool():
     assert cpu._C.cpu_has_thread_pool()
     maps = "/proc/self/maps"

@@ -15,10 +15,13 @@ namespace {
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<bool> forked{false};
+#ifdef LK_HAS_DLFCN
+// From the load on, for a parent may have used torch's pool and never ours.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
 
 Parallel find_pool() {
 #ifdef LK_HAS_DLFCN
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   for (const char* name : {"libtorch_cpu.so", "libtorch_cpu.dylib"}) {
     if (void* torch = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) {  // finds a symbol in the library's own dependencies: the pool that torch uses
       if (void* f = dlsym(torch, "GOMP_parallel")) return reinterpret_cast<Parallel>(f);

@@ -292,6 +292,10 @@ def test_bad_arguments():
         lk.patch(adapted("mlp", False), backend="cudnn")
     with pytest.raises(lk.LoraTypeError, match="no module"):
         lk.patch("model")
+    with pytest.raises(lk.LoraTypeError, match="unpatch: model is no module; got NoneType"):
+        lk.unpatch(None)
+    with pytest.raises(lk.LoraTypeError, match="register: config is no LoRA config; got MLP"):
+        lk.register(base("mlp"))
 
 
 def test_model_without_lora(caplog):

@@ -64,8 +64,7 @@ def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> Patc
 
     Fallback: PEFT's own forward, one log line per reason.
     """
-    if not isinstance(model, nn.Module):
-        raise LoraTypeError(message("patch: model is no module", type(model).__name__, "a torch.nn.Module with PEFT LoRA layers"))
+    _check_module("patch", model)
     _checks.check_backend("patch", backend)
     strict = strict or _device.env_strict()
     swap, report = [], PatchReport()
@@ -89,8 +88,14 @@ def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> Patc
     return report
 
 
+def _check_module(what: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise LoraTypeError(message(f"{what}: model is no module", type(model).__name__, "a torch.nn.Module with PEFT LoRA layers"))
+
+
 def unpatch(model: nn.Module) -> int:
     """Give every patched layer its PEFT class back, in place. Returns how many there were."""
+    _check_module("unpatch", model)
     fused = _layer_module().FusedLinear
     layers = [module for module in model.modules() if type(module) is fused]
     for layer in layers:
@@ -111,6 +116,8 @@ def register(config: LoraConfig, strict: bool = False, backend: str = "auto") ->
         The same config. Raises: as `patch`.
     """
     _layer_module()
+    if not hasattr(config, "_register_custom_module"):
+        raise LoraTypeError(message("register: config is no LoRA config", type(config).__name__, "a peft.LoraConfig"))
     _checks.check_backend("register", backend)
     config._register_custom_module({nn.Linear: functools.partial(_create, strict=strict or _device.env_strict(), backend=backend)})
     return config

@@ -55,10 +55,18 @@ def error_ratio(got: Tensor, eager: Tensor, exact: Tensor) -> float:
 
 
 def dropout_mask(seed: int | Tensor, M: int, K: int, p: float) -> Tensor:
-    """The keep mask, bool `[M, K]`, that every backend uses for this seed; kept elements are scaled by `reference.keep_scale(p)`."""
+    """The keep mask, bool `[M, K]`, that every backend uses for this seed; kept elements are scaled by `keep_scale(p)`."""
     if not isinstance(seed, Tensor):
         seed = torch.tensor([seed], dtype=torch.int64)
     return reference.unpack_bits(reference.dropout_mask(seed, M, K, p), K)
+
+
+def keep_scale(p: float) -> float:
+    """What every backend multiplies kept elements by: 1 / (1 - q), where q is p rounded to a multiple of 1 / 65536.
+
+    Each element is dropped with probability q, so the expectation of a scaled mask is exactly 1; 1 / (1 - p) would be off by up to 2^-17 / (1 - p).
+    """
+    return reference.keep_scale(p)
 
 
 # ------------------------------------------------------------------------------------------------------------------- time

@@ -68,6 +68,22 @@ def test_wrong_ones_are_refused(change):
     assert refused is not None
 
 
+@pytest.mark.parametrize("p", [0.05, 0.3])
+@pytest.mark.parametrize("name", ["naive", "addmm", "peft", "ours"])
+def test_dropout_rates_that_are_no_multiple_of_65536ths_pass_in_float32(name, p):
+    """Ours drops and scales by the rounded rate; in float32 that differs from 1 / (1 - p) by more than rounding errors do."""
+    refused, _ = _verdict(_by_name(name), dataclasses.replace(DROPOUT, dropout=p, dtype="float32"))
+    assert refused is None
+
+
+def test_another_scale_than_that_of_the_rate_is_refused():
+    """Scaling by 1 / (1 - p) of a p that is not drawn, told or not."""
+    told = dataclasses.replace(_by_name("ours"), keep_scale=lambda p: 1.01 / (1 - p))
+    assert "multiplies" in _verdict(told, dataclasses.replace(DROPOUT, dtype="float32"))[0]
+    untold = dataclasses.replace(_by_name("naive"), keep_scale=lambda p: 1 / (1 - p) + 5e-6)
+    assert "wrong" in _verdict(untold, dataclasses.replace(DROPOUT, dtype="float32"))[0]
+
+
 @pytest.mark.parametrize("drawn", [0.0, 0.5], ids=["drops-nothing", "drops-too-much"])
 def test_wrong_dropout_rate_is_refused(drawn):
     def bind(ops, case):

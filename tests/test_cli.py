@@ -169,7 +169,15 @@ def test_dropout_mask_is_the_one_the_op_uses():
     y = lk.lora_linear(x, torch.zeros(K, K), None, torch.eye(K), torch.eye(K), dropout_p=p, seed=11)
     keep = testing.dropout_mask(11, M, K, p)
     assert 0 < keep.sum() < keep.numel()
-    torch.testing.assert_close(y, x * keep * reference.keep_scale(p))
+    torch.testing.assert_close(y, x * keep * testing.keep_scale(p))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 1e-5])
+def test_kept_elements_are_scaled_by_the_rate_that_is_drawn(p):
+    """So the expectation of mask times scale is 1 exactly; that of 1 / (1 - p) is not."""
+    kept = 65536 - reference.drop_threshold(p)
+    assert testing.keep_scale(p) * kept / 65536 == pytest.approx(1, abs=2e-16)
+    assert abs(1 / testing.keep_scale(p) - (1 - p)) <= 2**-17 + 1e-12
 
 
 def test_timer_calls_everything_equally_often():

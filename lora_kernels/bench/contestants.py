@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _device
+from .. import _device, testing
 from ..ops import _registry
 from ..ops.lora_linear import lora_linear
 from .problem import SCALING, Operands
@@ -34,6 +34,7 @@ class Contestant:
     bind: Callable[[Operands, Case], Bound]
     missing: Callable[[Case, torch.device], str | None] = lambda case, device: None
     adapter: bool = True  # False: the frozen layer alone
+    keep_scale: Callable[[float], float] = lambda p: 1 / (1 - p)  # what it multiplies kept elements by under dropout
 
 
 def _leaf(t: Tensor, case: Case, dtype: torch.dtype | None = None) -> Tensor:
@@ -164,6 +165,10 @@ def _never(why: str) -> Callable[[Case, torch.device], str | None]:
     return lambda case, device: why
 
 
+def _own(name: str, how: str, backend: str, missing=lambda case, device: None, dtype: str | None = None) -> Contestant:
+    return Contestant(name, f"lora_linear, {how}", _ours(backend, dtype), missing, keep_scale=testing.keep_scale)
+
+
 def contestants() -> list[Contestant]:
     from . import peers
 
@@ -176,8 +181,8 @@ def contestants() -> list[Contestant]:
         Contestant("peft_low", "PEFT with adapters in x's dtype", _peft(None), _needs_low_precision("peft")),
         *peers.linear(),
         Contestant("liger", "", _naive, _never("Liger has no LoRA kernel")),
-        Contestant("ours", "lora_linear, best backend for the call", _ours("auto")),
-        Contestant("ours_fp32", "lora_linear with fp32 adapters, as PEFT makes them", _ours("auto", "float32"), _needs_low_precision()),
-        Contestant("ours_triton", "lora_linear, Triton only", _ours("triton"), _needs_backend("triton")),
-        Contestant("ours_cuda", "lora_linear, CUDA C++ only", _ours("cuda"), _needs_backend("cuda")),
+        _own("ours", "best backend for the call", "auto"),
+        _own("ours_fp32", "with fp32 adapters, as PEFT makes them", "auto", _needs_low_precision(), "float32"),
+        _own("ours_triton", "Triton only", "triton", _needs_backend("triton")),
+        _own("ours_cuda", "CUDA C++ only", "cuda", _needs_backend("cuda")),
     ]

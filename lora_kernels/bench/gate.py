@@ -2,7 +2,8 @@
 
 A result passes when its error is at most twice that of plain PyTorch in the same dtype (plus the rounding floor), and small in itself.
 With dropout the mask is first read out of the contestant: with W = 0, dy = 1, A and B constant, dx is the mask times a constant.
-The same torch seed then gives the same mask on the real operands, whatever generator the contestant uses.
+The same torch seed then gives the same mask on the real operands, whatever generator the contestant uses. What kept elements are multiplied
+by is the contestant's word (1 / (1 - p), ours of the p that is really applied), held against the rate.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .. import testing
 from .contestants import Bound, Contestant
-from .problem import SCALING, Operands, Results, exact
+from .problem import SCALING, Kept, Operands, Results, exact
 from .shapes import Case
 
 LIMIT = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}  # relative RMSE that no correct result comes near
@@ -58,6 +59,11 @@ def _rate_wrong(keep: Tensor, p: float) -> str | None:
     return None if abs(rate - p) < 6 * sigma + 1e-5 else f"it drops {rate:.4f} of the elements instead of {p:g}"
 
 
+def _scale_wrong(scale: float, p: float) -> str | None:
+    """A rate in steps of 1 / 65536 is allowed, and the scale that goes with it."""
+    return None if abs(1 / scale - (1 - p)) <= 2**-17 + 1e-12 else f"it multiplies kept elements by {scale:g} where 1 / (1 - p) is {1 / (1 - p):g}"
+
+
 class Gate:
     """Checks the contestants of one case on its first operand set."""
 
@@ -65,7 +71,7 @@ class Gate:
         self.case, self.ops = case, ops
         self._truth: dict[bool, tuple[Results, Results]] = {}
 
-    def _expected(self, adapter: bool, keep: Tensor | None) -> tuple[Results, Results]:
+    def _expected(self, adapter: bool, keep: Kept | None) -> tuple[Results, Results]:
         """Exact results, and plain PyTorch's in the dtype under test. Shared by all whose result is the same."""
         if keep is not None:
             return self._compute(adapter, keep)
@@ -73,7 +79,7 @@ class Gate:
             self._truth[adapter] = self._compute(adapter, None)
         return self._truth[adapter]
 
-    def _compute(self, adapter: bool, keep: Tensor | None) -> tuple[Results, Results]:
+    def _compute(self, adapter: bool, keep: Kept | None) -> tuple[Results, Results]:
         dtype = getattr(torch, self.case.dtype)
         return exact(self.case, self.ops, adapter, keep), exact(self.case, self.ops, adapter, keep, dtype)
 
@@ -81,10 +87,12 @@ class Gate:
         """Why this contestant is refused, or None; and the relative RMSE of each result."""
         case, keep = self.case, None
         if case.dropout > 0 and contestant.adapter:
-            keep = kept(contestant, case, self.ops)
-            wrong = _rate_wrong(keep, case.dropout)
+            mask = kept(contestant, case, self.ops)
+            scale = contestant.keep_scale(case.dropout)
+            wrong = _rate_wrong(mask, case.dropout) or _scale_wrong(scale, case.dropout)
             if wrong:
                 return wrong, {}
+            keep = mask, scale
         torch.manual_seed(_SEED)
         got = run(bound, case, self.ops.dy)
         truth, eager = self._expected(contestant.adapter, keep)

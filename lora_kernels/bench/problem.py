@@ -85,8 +85,11 @@ def floor_flops(case: Case, adapter: bool = True) -> int:
 Results = dict[str, Tensor]  # "y", and with a backward "dx", "dA", "dB"
 
 
-def exact(case: Case, ops: Operands, adapter: bool = True, keep: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Results:
-    """The results in float64 (or `dtype`), from the rounded operands. keep: bool `[M, K]` mask of the dropout, scaled by 1 / (1 - p)."""
+Kept = tuple[Tensor, float]  # the dropout's mask, bool `[M, K]`, and what kept elements are multiplied by
+
+
+def exact(case: Case, ops: Operands, adapter: bool = True, keep: Kept | None = None, dtype: torch.dtype = torch.float64) -> Results:
+    """The results in float64 (or `dtype`), from the rounded operands."""
     x, w, a, b, dy = (t.detach().to(dtype) for t in (ops.x, ops.weight, ops.lora_a, ops.lora_b, ops.dy))
     found: Results = {"y": x @ w.t()}
     if case.backward:
@@ -98,7 +101,7 @@ def exact(case: Case, ops: Operands, adapter: bool = True, keep: Tensor | None =
             rows = ops.ids == i
             found["y"][rows] += SCALING * (x[rows] @ a[i].t()) @ b[i].t()
         return found
-    drop = (lambda t: t) if keep is None else (lambda t: t * keep / (1 - case.dropout))
+    drop = (lambda t: t) if keep is None else (lambda t: t * keep[0] * keep[1])
     h = SCALING * drop(x) @ a.t()
     found["y"] += h @ b.t()
     if case.backward:

@@ -161,7 +161,7 @@ class _Wanted:
         keep = None
         if case.dropout:
             mask = reference.dropout_mask(_seed(ops), case.M, case.K, case.dropout)
-            keep = reference.unpack_bits(mask, case.K)
+            keep = reference.unpack_bits(mask, case.K), reference.keep_scale(case.dropout)
         self.exact = exact(case, ops, keep=keep)[self.name]
         self.eager = exact(case, ops, keep=keep, dtype=problem.dtype)[self.name]
 

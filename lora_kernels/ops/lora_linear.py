@@ -239,8 +239,8 @@ def lora_linear(
         lora_a: `[R, K]` in x's dtype or float32.
         lora_b: `[N, R]` in x's dtype or float32.
         scaling: lora_alpha / r (or / sqrt(r)), a run-time number.
-        dropout_p: probability of dropping an element of the low-rank branch's input; kept ones are scaled by 1 / (1 - p).
-            Resolution 1 / 65536. The mask is saved as one bit per element.
+        dropout_p: probability of dropping an element of the low-rank branch's input, rounded to a multiple of 1 / 65536; kept ones are
+            scaled by 1 / (1 - p) of the rounded p, so that expectations are exact. The mask is saved as one bit per element.
         training: dropout applies only when True.
         seed: of the dropout mask; drawn from torch's generator when None.
         backend: "auto", "cuda", "triton", "cpu" or "reference".

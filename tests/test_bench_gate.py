@@ -117,6 +117,15 @@ def test_refused_and_absent_ones_are_recorded_and_not_timed():
     assert results["liger"] == {"absent": "Liger has no LoRA kernel"}
 
 
+def test_contestant_of_seconds_a_call_is_left_out(monkeypatch):
+    calls = []
+    slow = _broken(lambda y, ops: calls.append(1) or y)
+    monkeypatch.setattr(measure, "HOPELESS", 0.0)
+    results = measure.measure(TRAIN, [slow], CPU, budget=0.01)["results"]
+    assert "a call takes more than" in results["broken"]["absent"]
+    assert len(calls) == 2
+
+
 def test_saved_bytes_tell_who_keeps_copies():
     """PEFT keeps a float32 copy of x, twice its size; the fused op keeps x itself and h."""
     who = [_by_name(name) for name in ("peft", "ours_fp32")]

@@ -6,12 +6,14 @@ import dataclasses
 import io
 import itertools
 import json
+import time
 
 import pytest
+import torch
 from rich.console import Console
 
 import lora_kernels as lk
-from lora_kernels.bench import figures, plots, problem, provenance, records, report, run, shapes, timing
+from lora_kernels.bench import figures, plots, problem, provenance, records, report, roofs, run, shapes, timing
 
 
 @pytest.mark.parametrize("values, q, expected", [([3.0, 1.0, 2.0], 0.5, 2.0), ([0.0, 10.0], 0.2, 2.0), ([5.0], 0.8, 5.0)], ids=str)
@@ -48,6 +50,60 @@ def test_rounds_interleave_and_rotate():
     assert {i % 3 for i in seen["a"]} == {0, 1, 2}
     changes = sum(x != y for x, y in itertools.pairwise(order))
     assert len(order) > changes >= timing.MIN_ROUNDS  # neither ran all its rounds in a row
+
+
+def test_slow_contestants_do_not_eat_the_budget():
+    """Seven rounds of them would take fourteen budgets: three rounds, and no warm-up over all sets."""
+    calls: list[int] = []
+
+    def slow(i):
+        calls.append(i)
+        time.sleep(0.01)
+
+    times = timing.time_cpu({"slow": slow}, sets=16, budget=0.005)
+    assert len(times["slow"]) == timing.SLOW_ROUNDS
+    assert len(calls) == 1 + timing.SLOW_ROUNDS
+
+
+# ------------------------------------------------------------------------------------------------------------------ ceilings
+
+
+@pytest.fixture
+def slow_bfloat16(monkeypatch):
+    """A CPU whose bfloat16 product takes a hundred times its float32 product; no call takes real time."""
+    sizes = []
+
+    def product(a, b):
+        sizes.append((str(a.dtype), a.shape[0]))
+        clock[0] += 2 * a.shape[0] ** 3 / (1e9 if a.dtype == torch.bfloat16 else 1e11)
+
+    clock = [0.0]
+    monkeypatch.setattr(roofs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(roofs, "_by_library", product)
+    monkeypatch.setattr(roofs, "_by_us", product)
+    roofs.product.cache_clear(), roofs.flops.cache_clear()
+    yield sizes, clock
+    roofs.product.cache_clear(), roofs.flops.cache_clear()
+
+
+def test_ceiling_is_what_the_cpu_can_do_and_found_in_bounded_time(slow_bfloat16):
+    sizes, clock = slow_bfloat16
+    cpu = torch.device("cpu")
+    assert roofs.flops(cpu, "bfloat16") == pytest.approx(1e11)
+    assert ("torch.bfloat16", 1536) not in sizes  # 7 s a call
+    assert ("torch.float32", 1536) in sizes
+    assert clock[0] < 6
+    assert roofs.slow_16_bit(cpu)
+
+
+def test_grid_of_a_cpu_without_a_fast_16_bit_product():
+    for grid in (shapes.quick, shapes.cpu):
+        linear, batched = grid()
+        turned = shapes.in_float32(linear)
+        assert len(set(turned)) == len(turned)
+        assert {c.M for c in turned if c.dtype == "bfloat16"} == {64}
+        assert len([c for c in turned if c.dtype == "float32"]) == len([c for c in linear if c.dtype == "bfloat16"])
+        assert {c.dtype for c in shapes.in_float32(batched)} == {"float32"}
 
 
 @pytest.mark.parametrize("grid", [shapes.quick, shapes.cpu, shapes.gpu, shapes.full], ids=lambda g: f"{g.__name__}-grid")
@@ -159,15 +215,11 @@ def test_bench_refuses_a_damaged_folder_with_one_line(tmp_path, capsys):
 
 
 def test_quick_results_never_overwrite_full_ones():
-    import torch
-
     cpu = torch.device("cpu")
     assert run.default_folder(cpu, quick=True) != run.default_folder(cpu, quick=False)
 
 
 def test_instruction_sets_of_one_cpu_name_do_not_share_a_folder(monkeypatch):
-    import torch
-
     folders = set()
     for isa in ("avx2", "avx512_bf16"):
         monkeypatch.setattr(provenance, "cpu_isa", lambda isa=isa: isa)
@@ -193,6 +245,21 @@ def test_figures_follow_the_results(tmp_path):
     data["records"][0]["results"]["ours_fp32"]["over"]["peft"]["median"] *= 1.5
     (tmp_path / "cpu" / "linear.json").write_text(json.dumps(data))
     assert figures.filled(page, tmp_path) != page
+
+
+def test_figures_of_a_float32_run(tmp_path):
+    """Where all is float32, ours with adapters in x's dtype is ours with PEFT's adapters."""
+    _results(tmp_path / "cpu")
+    path = tmp_path / "cpu" / "linear.json"
+    data = json.loads(path.read_text())
+    for record in data["records"]:
+        record["case"]["dtype"] = "float32"
+        record["results"]["ours_fp32"] = {"absent": "the same"}
+        record["results"]["ours"]["over"]["peft"] = {"median": 0.2, "q20": 0.2, "q80": 0.2}
+    path.write_text(json.dumps(data))
+    assert "5.00×" in figures.filled(PAGE, tmp_path)
+    pytest.importorskip("matplotlib")
+    assert "speedup_over_peft.png" in {p.name for p in plots.draw(tmp_path / "cpu")}
 
 
 def test_figure_without_results_says_so(tmp_path):

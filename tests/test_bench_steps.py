@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,6 +48,13 @@ def test_models_differ_only_in_how_layers_run():
             torch.testing.assert_close(state[name][key], value, rtol=1e-2, atol=1e-3)
     assert all(p.dtype == torch.float32 for n, p in made["ours"].named_parameters() if "lora_" in n)
     assert all(p.dtype == torch.bfloat16 for n, p in made["ours_low"].named_parameters() if "lora_" in n)
+
+
+def test_in_float32_there_is_one_model_each():
+    made = steps.models(dataclasses.replace(TINY, dtype="float32"), CPU)
+    assert list(made) == ["peft", "ours"]
+    verdicts = steps.gate(TINY, made, steps._batch(TINY, CPU, 0))
+    assert all(refused is None for refused, _ in verdicts.values())
 
 
 def test_wrong_gradients_are_refused(monkeypatch):

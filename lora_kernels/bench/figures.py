@@ -41,15 +41,15 @@ def _where(data: dict) -> str:
 
 
 def linear_speedup(data: dict) -> str:
-    """Forward + backward in bf16: what the adapter costs over the frozen layer, PEFT's way and ours, and the speed-up."""
-    rows = []
+    """Forward + backward: what the adapter costs over the frozen layer, PEFT's way and ours, and the speed-up."""
+    rows, dtype = [], records.main_dtype(data)
     for record in data["records"]:
         case, results = records.case_of(record), record["results"]
-        ours = results.get("ours_fp32", {})
-        if not case.backward or case.dtype != "bfloat16" or "us" not in ours:
+        ours = records.like_peft(results)
+        if not case.backward or case.dtype != dtype or "us" not in ours:
             continue
         title = f"{case.model} {case.projection} {case.K}→{case.N}" + (f", dropout {case.dropout:g}" if case.dropout else "")
-        over = [_shown(records.ratio(results.get(name, {}), "base")) for name in ("peft", "ours_fp32")]
+        over = [_shown(records.ratio(entry, "base")) for entry in (results.get("peft", {}), ours)]
         gains = [_shown(records.inverse(records.ratio(ours, name))) for name in ("peft", "naive")]
         rows.append([title, str(case.M), str(case.R), *over, *gains])
     head = ["layer", "tokens", "rank", "PEFT over frozen layer", "ours over frozen layer", "speed-up over PEFT", "over naive PyTorch"]

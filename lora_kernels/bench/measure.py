@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,6 +16,7 @@ from .problem import Operands, count_sets, floor_bytes, floor_flops, operands
 from .shapes import Case
 from .timing import Ratio, quantile, time_calls
 
+HOPELESS = 5.0  # seconds that one call may take on a CPU: a contestant runs ten times and more before its last round
 REFERENCES = ("base", "naive", "peft", "peft_mixed", "loop")  # whose times the others are put in ratio to
 
 
@@ -52,7 +54,14 @@ def measure(case: Case, contestants: Iterable[Contestant], device: torch.device,
             continue
         try:
             bounds = [contestant.bind(ops, case) for ops in sets]
+            start = time.perf_counter()
             refused, entry["errors"] = gate.refuses(contestant, bounds[0])
+            if device.type == "cpu" and time.perf_counter() - start > HOPELESS:  # or it was compiled: a second call tells
+                start = time.perf_counter()
+                run(bounds[0], case, sets[0].dy)
+                if time.perf_counter() - start > HOPELESS:
+                    entry["absent"] = f"a call takes more than {HOPELESS:g} s"
+                    continue
             if refused is None and case.backward:
                 entry["saved_bytes"] = testing.saved_bytes(bounds[0].forward, weights=(sets[0].weight, *bounds[0].leaves[1:]))
             if refused is None:

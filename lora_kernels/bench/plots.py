@@ -86,13 +86,17 @@ def _widest(groups: dict[tuple, list[dict]], spread: Callable[[Case], int]) -> l
     return max(groups.values(), key=lambda rows: len({spread(case_of(r)) for r in rows}), default=[])
 
 
-def _plain(case: Case) -> bool:
-    return case.backward and not case.dropout and case.dtype == "bfloat16"
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def _plain(data: dict) -> Callable[[Case], bool]:
+    dtype = records.main_dtype(data)
+    return lambda case: case.backward and not case.dropout and case.dtype == dtype
 
 
 def speedup_over_peft(data: dict, path: Path) -> Path | None:
     """x: tokens; y: PEFT's time over ours; one colour per rank, full lines for ours, dashed for torch.compile."""
-    rows = _widest(_series(data, _plain, lambda c: (c.model, c.projection)), lambda c: c.M)
+    rows = _widest(_series(data, _plain(data), lambda c: (c.model, c.projection)), lambda c: c.M)
     by_rank = defaultdict(list)
     for record in rows:
         by_rank[case_of(record).R].append(record)
@@ -105,7 +109,9 @@ def speedup_over_peft(data: dict, path: Path) -> Path | None:
         for rank, found in sorted(by_rank.items()):
             points = []
             for record in found:
-                gain = records.inverse(records.ratio(record["results"].get(name, {}), "peft"))
+                gain = records.inverse(
+                    records.ratio(records.like_peft(record["results"]) if name == "ours_fp32" else record["results"].get(name, {}), "peft")
+                )
                 if gain:
                     points.append((case_of(record).M, gain.median, gain.q20, gain.q80))
             if points:
@@ -115,12 +121,12 @@ def speedup_over_peft(data: dict, path: Path) -> Path | None:
     axes.set_xlabel("tokens M")
     axes.set_ylabel("speed-up over PEFT, times")
     case = case_of(rows[0])
-    return _finish(figure, axes, data, f"Forward + backward, {case.model} {case.projection} {case.K}→{case.N}, bf16", path)
+    return _finish(figure, axes, data, f"Forward + backward, {case.model} {case.projection} {case.K}→{case.N}, {SHORT[case.dtype]}", path)
 
 
 def overhead_over_base(data: dict, path: Path) -> Path | None:
     """x: rank; y: time over that of the frozen layer alone, as a percentage on top."""
-    rows = _widest(_series(data, _plain, lambda c: (c.model, c.projection, c.M)), lambda c: c.R)
+    rows = _widest(_series(data, _plain(data), lambda c: (c.model, c.projection, c.M)), lambda c: c.R)
     if len({case_of(r).R for r in rows}) < 2:
         return None
     figure, axes = _figure()
@@ -137,7 +143,7 @@ def overhead_over_base(data: dict, path: Path) -> Path | None:
     axes.set_xlabel("rank R")
     axes.set_ylabel("extra time over the frozen layer, %")
     case = case_of(rows[0])
-    return _finish(figure, axes, data, f"Forward + backward, {case.model} {case.projection} {case.K}→{case.N}, M {case.M}, bf16", path)
+    return _finish(figure, axes, data, f"Forward + backward, {case.model} {case.projection} {case.K}→{case.N}, M {case.M}, {SHORT[case.dtype]}", path)
 
 
 def decode_over_adapters(data: dict, path: Path) -> Path | None:
@@ -157,7 +163,7 @@ def decode_over_adapters(data: dict, path: Path) -> Path | None:
     axes.set_xlabel("adapters in the batch")
     axes.set_ylabel("time of one layer, µs")
     case = case_of(rows[0])
-    return _finish(figure, axes, data, f"Decode, {case.model} {case.projection} {case.K}→{case.N}, M {case.M}, R {case.R}, bf16", path)
+    return _finish(figure, axes, data, f"Decode, {case.model} {case.projection} {case.K}→{case.N}, M {case.M}, R {case.R}, {SHORT[case.dtype]}", path)
 
 
 def draw(folder: Path) -> list[Path]:

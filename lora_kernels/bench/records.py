@@ -57,6 +57,18 @@ def case_of(record: dict) -> Case:
     return Case(**record["case"])
 
 
+def main_dtype(data: dict) -> str:
+    """The dtype of most cases of a results file."""
+    dtypes = [record["case"]["dtype"] for record in data["records"]]
+    return max(dict.fromkeys(dtypes), key=dtypes.count, default="bfloat16")
+
+
+def like_peft(results: dict) -> dict:
+    """Our entry with fp32 adapters, as PEFT makes them: "ours" where all is fp32."""
+    entry = results.get("ours_fp32", {})
+    return results.get("ours", {}) if "absent" in entry else entry
+
+
 def ratio(entry: dict, reference: str) -> Ratio | None:
     """One contestant's time over the reference's, None where either was not timed."""
     found = entry.get("over", {}).get(reference)

@@ -7,26 +7,32 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from ..ops.lora_linear import lora_linear
+
+SLOW = 4  # times below the float32 rate
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 15, patience: float = 1.0) -> float:
-    """Least seconds of `run` after two warm-ups: a ceiling is the best this device was seen to do. On a CPU for `patience` seconds."""
-    run()
-    run()
+    """Least seconds of `run` after warm-ups: a ceiling is the best this device was seen to do. On a CPU for `patience` seconds, at least once."""
     times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < repeats or (device.type == "cpu" and time.perf_counter() - began < patience):
-        if device.type == "cuda":
+    if device.type == "cuda":
+        run(), run()
+        for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
+        return min(times)
+    run()
+    began = now = time.perf_counter()
+    while not times or now - began < patience:
+        run()
+        before, now = now, time.perf_counter()
+        times.append(now - before)
     return min(times)
 
 
@@ -40,12 +46,45 @@ def bandwidth(device: torch.device) -> float:
     return max(copy, 4 * count / _seconds(lambda: torch.sum(source), device))
 
 
+def _by_library(a: Tensor, b: Tensor) -> Tensor:
+    """cuBLAS, oneDNN or MKL."""
+    return a @ b
+
+
+def _by_us(a: Tensor, b: Tensor) -> Tensor:
+    return lora_linear(a, b, None, a[:1], a[:, :1])
+
+
+@functools.cache
+def product(device: torch.device, dtype: str, run: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """FLOP per second of a large square product of random numbers by `run`.
+
+    On a CPU a small one goes first; where the large one would take longer than a second a call, the small one stands.
+    """
+    rate = 0.0
+    for size in (8192,) if device.type == "cuda" else (256, 1536):
+        if rate and 2 * size**3 > rate:
+            break
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        rate = max(rate, 2 * size**3 / _seconds(lambda a=a, b=b: run(a, b), device, patience=0.2 if size == 256 else 1.0))
+    return rate
+
+
 @functools.cache
 def flops(device: torch.device, dtype: str) -> float:
-    """FLOP per second of the vendor library (cuBLAS, oneDNN or MKL) on a large square product of random numbers."""
-    size = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device)
+    """FLOP per second that this device was seen to reach with operands of `dtype`.
+
+    On a CPU the best of the library's product, ours, and both in float32, to which 16-bit operands can be widened: where the CPU has AVX2
+    alone, PyTorch's bfloat16 product runs at less than 1 % of its float32 product, which is no ceiling of the machine.
+    """
+    if device.type == "cuda":
+        return product(device, dtype, _by_library)
+    return max(product(device, d, run) for d in {dtype, "float32"} for run in (_by_library, _by_us))
+
+
+def slow_16_bit(device: torch.device) -> bool:
+    """Whether PyTorch's bfloat16 product is so slow here that nobody would train in it."""
+    return device.type == "cpu" and SLOW * product(device, "bfloat16", _by_library) < product(device, "float32", _by_library)
 
 
 def floor_seconds(moved: int, computed: int, device: torch.device, dtype: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         "--out", type=Path, help="folder for JSON and PNG; default benchmarks/results/<device> in a checkout, else ./lora-kernels-bench/<device>"
     )
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of most cases; default bfloat16, on a CPU for which PyTorch has no fast 16-bit product float32",
+    )
     parser.add_argument("--minutes", type=float, help="start no further case after this time; what was measured is kept")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="only draw the plots of an existing results folder")
     return parser.parse_args(argv)
@@ -61,11 +67,12 @@ class _Clock:
         return now + (self.end - now) * SHARES[suite] / sum(SHARES[s] for s in rest)
 
 
-def _cases(suite: str, grid: str) -> list:
+def _cases(suite: str, grid: str, dtype: str) -> list:
     if suite == "steps":
-        return list(MODELS[grid])
+        return [dataclasses.replace(model, dtype=dtype) for model in MODELS[grid]]
     linear, batched = GRIDS[grid]()
-    return linear if suite == "linear" else batched
+    cases = linear if suite == "linear" else batched
+    return cases if dtype == "bfloat16" else shapes.in_float32(cases)
 
 
 def _measure(suite: str, case, device: torch.device, budget: float) -> dict:
@@ -93,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     tera = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in ceilings["flops_per_s"].items())
     out.print(f"ceilings measured here: {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, {tera}")
 
+    dtype = args.dtype or ("float32" if roofs.slow_16_bit(device) else "bfloat16")
+    if not args.dtype and dtype == "float32":
+        out.print("PyTorch has no fast 16-bit product here: most cases in float32 (--dtype bfloat16 forces the others)")
     suites = args.suite or list(records.SUITES)
     clock, cut = _Clock(args.minutes, suites), []
     for suite in suites:
@@ -100,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         if why:
             out.print(f"{suite}: left out, {why}")
             continue
-        writer, cases, deadline = records.Writer(folder, suite, where, ceilings), _cases(suite, grid), clock.deadline(suite)
+        writer, cases, deadline = records.Writer(folder, suite, where, ceilings), _cases(suite, grid, dtype), clock.deadline(suite)
         for done, case in enumerate(cases):
             if time.monotonic() > deadline:
                 cut.append(f"{suite} after {done} of {len(cases)} cases")

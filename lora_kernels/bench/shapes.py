@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 # model -> hidden, intermediate, query width (heads x head size), key/value width (GQA)
 MODELS = {
@@ -118,3 +118,9 @@ def full() -> tuple[list[Case], list[Case]]:
         for case in _train(model, tuple(projections(model)), TRAIN_TOKENS, RANKS, mode=mode, dropout=dropout)
     ]
     return linear, [case for model in MODELS for R in RANKS for case in _decode(model, tuple(projections(model)), DECODE_TOKENS, R)]
+
+
+def in_float32(cases: list[Case]) -> list[Case]:
+    """A grid for a device whose PyTorch has no fast 16-bit product: bfloat16 and float32 change places, and what is now bfloat16 is small."""
+    turned = (replace(case, dtype="float32") if case.dtype == "bfloat16" else replace(case, dtype="bfloat16", M=min(case.M, 64)) for case in cases)
+    return list(dict.fromkeys(turned))

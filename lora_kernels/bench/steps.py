@@ -91,13 +91,12 @@ def _patched(model: nn.Module) -> nn.Module:
 
 
 def models(spec: Model, device: torch.device) -> dict[str, nn.Module]:
-    """Contestant -> its model."""
+    """Contestant -> its model; those with adapters in the model's dtype ("low") only where that is not float32, as PEFT makes them."""
     first, dtype = _peft_model(spec, device), getattr(torch, spec.dtype)
-    made: dict[str, nn.Module] = {"peft": first, "peft_low": _cast_adapters(copy.deepcopy(first), dtype)}
-    for name in ("ours", "ours_low"):
-        source = made["peft" if name == "ours" else "peft_low"]
-        made[name] = _patched(copy.deepcopy(source))
-    return made
+    made: dict[str, nn.Module] = {"peft": first}
+    if dtype != torch.float32:
+        made["peft_low"] = _cast_adapters(copy.deepcopy(first), dtype)
+    return made | {name.replace("peft", "ours"): _patched(copy.deepcopy(source)) for name, source in made.items()}
 
 
 def _batch(spec: Model, device: torch.device, seed: int) -> torch.Tensor:
@@ -118,7 +117,7 @@ def gate(spec: Model, made: dict[str, nn.Module], ids: torch.Tensor) -> dict[str
     """Per contestant: why it is refused or None, and its gradients' relative RMSE against the model in float64."""
     verdicts = {}
     truth = _grads(copy.deepcopy(made["peft"]).double(), ids)
-    low = _grads(copy.deepcopy(made["peft_low"]).double(), ids)
+    low = _grads(copy.deepcopy(made["peft_low"]).double(), ids) if "peft_low" in made else truth
     for name, model in made.items():
         want, got = (low if name.endswith("low") else truth), _grads(model, ids)
         errors = {side: max(testing.relative_rmse(got[k], want[k]) for k in want if side in k) for side in ("lora_A", "lora_B")}

@@ -13,6 +13,7 @@ import torch
 Call = Callable[[int], object]  # runs set i of the rotating operands; the caller counts up
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
+SLOW_ROUNDS, PATIENCE = 3, 4  # where MIN_ROUNDS would take more than PATIENCE budgets
 SAMPLE = 5e-4  # a CPU sample repeats a short call for at least this many seconds: 20 times the cost of reading the clock twice
 
 
@@ -50,23 +51,31 @@ class Ratio:
 def time_cpu(calls: dict[str, Call], sets: int, budget: float, seed: int = 0) -> dict[str, list[float]]:
     """Seconds per call, one figure per round and contestant; about `budget` seconds in all, at least 7 rounds.
 
-    First touch and warm-up come before the clock: every contestant runs once over every operand set. A round runs all
-    contestants in a new random order, so that a slow moment of the machine hits them alike.
+    First touch and warm-up come before the clock: every contestant runs once over every operand set, or until the budget is spent. A round
+    runs all contestants in a new random order, so that a slow moment of the machine hits them alike. Where seven rounds would take more
+    than four budgets there are fewer, but three.
     """
     shuffle, names = random.Random(seed), list(calls)
     cost = {}
     for name, call in calls.items():
+        start = time.perf_counter()
         for i in range(sets):
             call(i)
+            if (seconds := time.perf_counter() - start) > budget > 0:
+                cost[name] = seconds / (i + 1)
+                break
+        if name in cost:
+            continue
         start = time.perf_counter()
         call(0)
         call(1)
         cost[name] = max((time.perf_counter() - start) / 2, 1e-7)
     repeats = {name: max(1, int(SAMPLE / cost[name])) for name in names}
-    rounds = int(budget / sum(cost[name] * repeats[name] for name in names))
+    one = sum(cost[name] * repeats[name] for name in names)
+    fewest = min(MIN_ROUNDS, max(SLOW_ROUNDS, int(PATIENCE * budget / one))) if budget > 0 else MIN_ROUNDS
     times: dict[str, list[float]] = {name: [] for name in names}
     turn = 0
-    for _ in range(min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))):
+    for _ in range(min(MAX_ROUNDS, max(fewest, int(budget / one)))):
         shuffle.shuffle(names)
         for name in names:
             call, n = calls[name], repeats[name]

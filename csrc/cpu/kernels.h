@@ -89,6 +89,7 @@ struct Kernels {
   const char* name;
   void (*dot)(Dtype t, const DotArgs& a, int64_t n0, int64_t n1);
   int64_t (*panel_floats)(const PanelArgs& a, int64_t rows);  // workspace of one panel call over `rows` rows
+  int64_t (*panel_rows)(Dtype t, const PanelArgs& a);         // most rows of one panel call, so that its fp32 sums stay in the cache
   void (*panel)(Dtype t, const PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws);  // panels p0 .. p1 of rows m0 .. m1
   void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);                            // ws: kWideFloats; c0 a multiple of 32
   void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);

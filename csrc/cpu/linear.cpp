@@ -47,7 +47,8 @@ class Transposed {
 float keep_scale(const Problem& p) { return p.drop_threshold < 65536 ? 65536.f / static_cast<float>(65536 - p.drop_threshold) : 0.f; }
 int64_t mask_words(const Problem& p) { return (p.K + 31) / 32; }
 
-constexpr int64_t kBroadRows = 128;  // with more rows packing W hardly counts, and the sums of a broad block outgrow the L2
+constexpr int64_t kShrinkRows = 128;  // from so many rows on the shrink is a panel product too: 2 % of the forward of 576 x 576 on Zen 3
+constexpr int64_t kBroadRows = 128;   // with more rows packing W hardly counts, and the sums of a broad block outgrow the L2
 
 // out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term. In panel form it is left to the caller, in `products`
 void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha,
@@ -79,11 +80,17 @@ void lora_linear_fwd(const Problem& p, const Forward& f) {
   const Adapter& ad = p.adapter;
   const Cast a(k, p.type, ad.a_type, ad.a, ad.R, p.K);
 
-  DotArgs shrink{};
-  shrink.M = p.M, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.out = f.h;
-  shrink.alpha = p.scaling * (drop ? keep_scale(p) : 1.f);
-  if (drop) shrink.keep = {f.mask, mask_words(p)};
-  dot_product(k, p.type, shrink, ad.R, p.threads);
+  if (!drop && p.M >= kShrinkRows) {
+    PanelArgs shrink{};
+    shrink.M = p.M, shrink.N = ad.R, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.nt = true, shrink.alpha = p.scaling, shrink.out = f.h;
+    panel_products(k, p.type, &shrink, 1, p.threads);
+  } else {
+    DotArgs shrink{};
+    shrink.M = p.M, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.out = f.h;
+    shrink.alpha = p.scaling * (drop ? keep_scale(p) : 1.f);
+    if (drop) shrink.keep = {f.mask, mask_words(p)};
+    dot_product(k, p.type, shrink, ad.R, p.threads);
+  }
   if (p.form == kRankOnly) return;
 
   const Cast b(k, p.type, ad.b_type, ad.b, p.N, ad.R);

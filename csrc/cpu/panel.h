@@ -52,6 +52,7 @@ struct Rows {  // the row tile's operand as the micro kernel wants it: in place,
   static const X* get(const X* p, int64_t, int, int64_t, float*, int64_t) { return p; }
 };
 constexpr int MAX_ROWS = MICRO_ROWS[1] > MICRO_ROWS[NV] ? MICRO_ROWS[1] : MICRO_ROWS[NV];
+constexpr int64_t MOST_ROWS = 2040;
 LK_INLINE int64_t even_up(int64_t a) { return (a + 1) / 2 * 2; }
 
 // c [NP] += h B for one row and a panel of packed B: the whole panel at once, so that enough sums are in flight.
@@ -99,14 +100,25 @@ void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, i
 // Lanes along k of one block: a broad block's share, else even blocks of whole chains, so that the last is no sliver.
 LK_INLINE int64_t block_depth(const lk::PanelArgs& a, int64_t KD) {
   if (a.broad) return KC / lk::kBroad;
+  constexpr int64_t STEP = CHAIN_F32 < KC / 4 ? CHAIN_F32 : KC / 4;  // divides MOST_DEEP
   const int64_t blocks = ceil_div(KD, MOST_DEEP);
-  return blocks > 1 ? ceil_div(ceil_div(KD, blocks), CHAIN_F32) * CHAIN_F32 : MOST_DEEP;
+  return blocks > 1 ? ceil_div(ceil_div(KD, blocks), STEP) * STEP : MOST_DEEP;
 }
 int64_t rank_floats(const lk::PanelArgs& a) { return even_up(a.R > a.segment_R ? a.R : a.segment_R) * (a.broad ? lk::kBroad : 1) * NP; }
 
 // packed base block | packed rank block | C [rows, columns] | widened x tile | widened h tile
 int64_t panel_floats(const lk::PanelArgs& a, int64_t rows) {
   return MOST_DEEP * NP + rank_floats(a) + (rows + MAX_ROWS) * (a.broad ? lk::kBroad : 1) * NP + MAX_ROWS * (MOST_DEEP + L + a.R + a.segment_R + L);
+}
+
+// A chunk's sums that wait for the next block of k stay within SUM_ROWS * 256 bytes.
+template <class T>
+int64_t rows_of(const lk::PanelArgs& a) {
+  const int64_t KD = ceil_div(a.K, PanelStep<T>::PAIR);
+  return KD > block_depth(a, KD) ? SUM_ROWS : MOST_ROWS;
+}
+int64_t panel_rows(lk::Dtype t, const lk::PanelArgs& a) {
+  return t == lk::kF32 ? rows_of<float>(a) : t == lk::kBF16 ? rows_of<bf16>(a) : rows_of<f16>(a);
 }
 
 template <class T, class OT>

@@ -41,11 +41,12 @@ inline void dot_product(const Kernels& k, Dtype t, const DotArgs& a, int64_t N, 
 // How panels are dealt: `panels` columns blocks times `chunks` blocks of `rows` rows.
 struct Deal {
   int64_t panels, chunks, rows;
-  Deal(const PanelArgs& a, int threads) {
-    constexpr int64_t kMostRows = 2040, kFewestRows = 24;  // a chunk's fp32 tile stays within 512 KiB; fewer rows do not pay for packing
+  Deal(const PanelArgs& a, int64_t most_rows, int threads) {
+    constexpr int64_t kFewestRows = 24;  // fewer rows do not pay for packing
     panels = (a.N + kPanel - 1) / kPanel;
-    chunks = (a.M + kMostRows - 1) / kMostRows;
-    if (threads > 1 && panels % threads) chunks = std::max(chunks, std::min<int64_t>(threads == 2 ? 2 : 8, a.M / kFewestRows));
+    chunks = (a.M + most_rows - 1) / most_rows;
+    const int64_t shares = threads == 2 ? 2 : std::max<int64_t>(8, threads / panels);
+    if (threads > 1 && panels % threads) chunks = std::max(chunks, std::min<int64_t>(shares, a.M / kFewestRows));
     chunks = std::max<int64_t>(chunks, 1);
     rows = ((a.M + chunks - 1) / chunks + 11) / 12 * 12;
     chunks = std::max<int64_t>((a.M + rows - 1) / rows, 1);
@@ -55,7 +56,7 @@ struct Deal {
 
 // units u0..u1 of one product: whole panels together where blocks are broad, else neighbouring chunks of one panel, so that it is packed once
 inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const Deal& d, int64_t u0, int64_t u1, float* ws) {
-  constexpr int64_t kTogether = 2040;
+  const int64_t together = k.panel_rows(t, a);
   while (u0 < u1) {
     const int64_t p = u0 / d.chunks, c0 = u0 % d.chunks, panels = a.broad && c0 == 0 ? std::min(kBroad, (u1 - u0) / d.chunks) : 0;
     if (panels > 0) {
@@ -64,7 +65,7 @@ inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const Dea
       continue;
     }
     int64_t c1 = std::min(d.chunks, c0 + (u1 - u0));
-    c1 = std::min(c1, c0 + std::max<int64_t>(1, kTogether / d.rows));
+    c1 = std::min(c1, c0 + std::max<int64_t>(1, together / d.rows));
     k.panel(t, a, p, p + 1, c0 * d.rows, std::min(a.M, c1 * d.rows), ws);
     u0 += c1 - c0;
   }
@@ -83,7 +84,7 @@ inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int co
   int64_t units[kMostProducts];
   for (int i = 0; i < count; i++) {
     floats = std::max(floats, panel_workspace(k, a[i]));
-    units[i] = Deal(a[i], threads).units();
+    units[i] = Deal(a[i], k.panel_rows(t, a[i]), threads).units();
     most = std::max(most, units[i]);
     work += a[i].M * a[i].N * (a[i].K + a[i].R);
   }
@@ -93,7 +94,8 @@ inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int co
     for (int64_t s = s0; s < s1; s++)
       for (int i = 0; i < count; i++) {
         const int64_t turn = (s + i) % shares;
-        panel_units(k, t, a[i], Deal(a[i], threads), units[i] * turn / shares, units[i] * (turn + 1) / shares, ws.as<float>() + s * floats);
+        panel_units(k, t, a[i], Deal(a[i], k.panel_rows(t, a[i]), threads), units[i] * turn / shares, units[i] * (turn + 1) / shares,
+                    ws.as<float>() + s * floats);
       }
   });
 }

@@ -17,6 +17,7 @@ constexpr int MICRO_ROWS[NV + 1] = {0, 14, 12, 8, 6};             // rows of a m
 constexpr int WIDE_STEPS = 8;                                     // steps of k that a wide pass keeps in registers, two vectors each
 constexpr int64_t KC = 1024;                                      // lanes along k of one packed panel block: 256 KiB
 constexpr int64_t CHAIN_F32 = 128;
+constexpr int64_t SUM_ROWS = 2040;  // 510 KiB of sums, in 1 MiB of L2
 
 LK_INLINE __mmask16 first(int64_t n) { return n >= L ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
 LK_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }

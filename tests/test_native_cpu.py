@@ -93,10 +93,10 @@ def test_long_sums(isa, shape, dtypes):
     assert_close(run(c), c)
 
 
-@pytest.mark.parametrize("M", [3000], ids=lambda m: f"M{m}")
-def test_many_rows(M):
-    """More rows than one chunk of the panel form."""
-    c = Case.random(M, 70, 40, 5, bf16)
+@pytest.mark.parametrize("M, K, dtype", [(3000, 40, bf16), (1100, 1400, fp32)], ids=str)
+def test_many_rows(M, K, dtype):
+    """More rows than one chunk of the panel form, with sums that wait for the next block of K and without."""
+    c = Case.random(M, 70, K, 5, dtype)
     assert_close(run(c), c)
 
 
@@ -149,8 +149,13 @@ def test_huge_leading_dimension():
 @pytest.mark.parametrize("form", ["in_place", "panels"], indirect=True)
 def test_same_bits_on_any_number_of_threads(isa, form):
     before = torch.get_num_threads()
-    for M in (1, 7, 33, 200):
-        c = Case.random(M, 200, 170, 16, bf16, dropout_p=0.2)
+    for M, N, K, dtype, p in [(1, 200, 170, bf16, 0.2), (1, 521, 170, bf16, 0.2), (3, 521, 90, fp32, 0.0), (7, 200, 170, bf16, 0.2)] + [
+        (33, 200, 170, bf16, 0.2),
+        (200, 200, 170, bf16, 0.2),
+        (300, 200, 170, fp32, 0.0),
+        (1050, 70, 700, fp32, 0.0),
+    ]:
+        c = Case.random(M, N, K, 16, dtype, dropout_p=p)
         results = []
         try:
             for threads in (1, 2, 3, 7, 2):

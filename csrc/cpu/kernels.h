@@ -77,6 +77,7 @@ struct WideArgs {
   Mask out_keep;
   float alpha, keep_scale;
   Out out;
+  bool out_f32;  // store fp32 instead of the operands' type
 };
 
 constexpr int64_t kPanel = 64;        // columns of one panel

@@ -54,7 +54,7 @@ constexpr int64_t kBroadRows = 128;   // with more rows packing W hardly counts,
 void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha,
                 Out out, PanelArgs* products, int& count) {
   if (in_place && p.M <= kWideRows) {
-    WideArgs a{p.M, N, R, x, w, h, b, keep, alpha, keep_scale(p), out};
+    WideArgs a{p.M, N, R, x, w, h, b, keep, alpha, keep_scale(p), out, false};
     wide_product(k, p.type, a, C, p.threads);
   } else {
     PanelArgs a{};

@@ -100,13 +100,30 @@ inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int co
   });
 }
 
+// out[:, 0:C] in wide form. A few rows are a matter of fetching W: its rows are cut into kParts (always: the cut decides the order of the sum), so
+// that a thread reads whole pages, those that it read in the forward.
 inline void wide_product(const Kernels& k, Dtype t, const WideArgs& a, int64_t C, int threads) {
-  constexpr int64_t kUnit = 32;
-  const int64_t units = (C + kUnit - 1) / kUnit;
+  constexpr int64_t kUnit = 32, kParts = 4, kPartRows = 64, kMostRows = 4;
+  const int64_t parts = a.M <= kMostRows && a.N >= kParts * kPartRows && a.M * C * a.N >= kSerialWork ? kParts : 1;
+  const int64_t across = (C + kUnit - 1) / kUnit, rows = ((a.N + parts - 1) / parts + 15) / 16 * 16;
   threads = threads_for(a.M * C * (a.N + a.R), threads);
-  Scratch ws(static_cast<size_t>(kWideFloats) * 4 * static_cast<size_t>(threads));
-  parallel(units, threads,
-           [&](int64_t u0, int64_t u1, int share) { k.wide(t, a, u0 * kUnit, std::min(u1 * kUnit, C), ws.as<float>() + share * kWideFloats); });
+  Scratch ws(static_cast<size_t>(kWideFloats) * 4 * static_cast<size_t>(threads)), sums(parts > 1 ? static_cast<size_t>(parts * a.M * C) * 4 : 0);
+  parallel(parts * across, threads, [&](int64_t u0, int64_t u1, int share) {
+    while (u0 < u1) {
+      const int64_t i = u0 / across, first = u0 % across, last = std::min(across, first + u1 - u0), n = i * rows;
+      WideArgs part = a;
+      if (parts > 1) {
+        part.N = std::max<int64_t>(0, std::min(rows, a.N - n)), part.R = i ? 0 : a.R;
+        part.x.p = offset(a.x.p, t, n), part.w.p = offset(a.w.p, t, n * a.w.ld);
+        part.out = {sums.as<float>() + i * a.M * C, C}, part.out_f32 = true;
+      }
+      k.wide(t, part, first * kUnit, std::min(last * kUnit, C), ws.as<float>() + share * kWideFloats);
+      u0 += last - first;
+    }
+  });
+  if (parts == 1) return;
+  for (int64_t i = 1; i < parts; i++) k.add(kF32, sums.as<float>() + i * a.M * C, sums.as<float>(), a.M * C);
+  for (int64_t m = 0; m < a.M; m++) k.cast(t, sums.as<float>() + m * C, offset(a.out.p, t, m * a.out.ld), C);
 }
 
 }  // namespace lk

@@ -73,6 +73,13 @@ LK_INLINE void flush(int64_t M, int64_t cols, float* acc, float* total, int64_t 
     }
 }
 
+template <class OT>
+LK_INLINE void wide_store(const lk::WideArgs& a, int64_t c, int64_t cols, const float* total, int64_t ld) {
+  for (int64_t m = 0; m < a.M; m++)
+    for (int64_t j = 0; j < cols; j += L)
+      store(static_cast<OT*>(a.out.p) + m * a.out.ld + c + j, mul(load(total + m * ld + j), set1(a.alpha)), cols - j);
+}
+
 template <class T>
 void wide_of(const lk::WideArgs& a, int64_t c0, int64_t c1, float* ws) {
   const int64_t block = lk::kWideBlock / a.M / 32 * 32;  // columns
@@ -93,9 +100,10 @@ void wide_of(const lk::WideArgs& a, int64_t c0, int64_t c1, float* ws) {
       wide_product(a.M, static_cast<const T*>(a.x.p) + n, a.x.ld, w, a.w.ld, min(a.N - n, FLUSH), cols, ws, block);
       flush(a.M, cols, ws, total, block);
     }
-    for (int64_t m = 0; m < a.M; m++)
-      for (int64_t j = 0; j < cols; j += L)
-        store(static_cast<T*>(a.out.p) + m * a.out.ld + c + j, mul(load(total + m * block + j), set1(a.alpha)), cols - j);
+    if (a.out_f32)
+      wide_store<float>(a, c, cols, total, block);
+    else
+      wide_store<T>(a, c, cols, total, block);
   }
 }
 

@@ -59,14 +59,15 @@ def _by_us(a: Tensor, b: Tensor) -> Tensor:
 def product(device: torch.device, dtype: str, run: Callable[[Tensor, Tensor], Tensor]) -> float:
     """FLOP per second of a large square product of random numbers by `run`.
 
-    On a CPU a small one goes first; where the large one would take longer than a second a call, the small one stands.
+    On a CPU small ones go first, and the larger one only where it would take less than a second a call: three sizes, so that a busy moment
+    of the machine, which costs a small product most, does not stand.
     """
     rate = 0.0
-    for size in (8192,) if device.type == "cuda" else (256, 1536):
+    for size in (8192,) if device.type == "cuda" else (256, 768, 1536):
         if rate and 2 * size**3 > rate:
             break
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        rate = max(rate, 2 * size**3 / _seconds(lambda a=a, b=b: run(a, b), device, patience=0.2 if size == 256 else 1.0))
+        rate = max(rate, 2 * size**3 / _seconds(lambda a=a, b=b: run(a, b), device, patience=1.0 if size >= 1536 else 0.2))
     return rate
 
 

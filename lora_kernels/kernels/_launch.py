@@ -39,8 +39,8 @@ class Pointers(tuple):
 class Launcher:
     """One kernel with its constexprs and options, for calls that differ only in addresses and float arguments.
 
-    The kernel's parameters stand in the order: descriptors, pointers, floats, ints, constexprs. A pointer may be None or `Pointers`, an
-    int may be a tuple of ints.
+    The kernel's parameters stand in the order: descriptors, pointers, floats, ints, constexprs. A descriptor (with its block) or a pointer
+    may be None, a pointer also `Pointers`, an int a tuple of ints.
     """
 
     __slots__ = ("blocks", "constants", "encode", "fn", "function", "grid", "head", "ints", "known", "maps", "raw", "tail", "warps_stages")
@@ -49,7 +49,7 @@ class Launcher:
         self,
         fn,
         grid: Sequence[int],
-        blocks: Sequence[Sequence[int]],
+        blocks: Sequence[Sequence[int] | None],
         ints: Sequence[int | tuple[int, ...]],
         warps: int,
         stages: int,
@@ -57,7 +57,7 @@ class Launcher:
     ):
         self.fn = fn
         self.grid = (*grid, 1, 1)[:3]
-        self.blocks = [list(block) for block in blocks]
+        self.blocks = [block and list(block) for block in blocks]
         self.ints = tuple(ints)
         self.constants = constants
         self.warps_stages = {"num_warps": warps, "num_stages": stages}
@@ -65,7 +65,9 @@ class Launcher:
         self.known: dict[tuple, tuple] = {}
         self.raw = None
 
-    def __call__(self, stream: int, described: Sequence[Tensor], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float] = ()) -> None:
+    def __call__(
+        self, stream: int, described: Sequence[Tensor | None], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float] = ()
+    ) -> None:
         hook = knobs.runtime.launch_enter_hook
         if self.raw is None or getattr(hook, "calls", hook):  # a profiler's hook wants Triton's own launch
             self._first(described, pointers, floats)
@@ -73,10 +75,13 @@ class Launcher:
         key = (stream, floats, addresses(*described, *pointers))
         self.raw(*(self.known.get(key) or self._arguments(key, stream, described, pointers, floats)))
 
-    def _arguments(self, key: tuple, stream: int, described: Sequence[Tensor], pointers: Sequence, floats: Sequence[float]) -> tuple:
+    def _arguments(self, key: tuple, stream: int, described: Sequence[Tensor | None], pointers: Sequence, floats: Sequence[float]) -> tuple:
         """What the C launcher takes, remembered for calls of the same addresses."""
         args: list = []
         for maps, tensor, block in zip(self.maps, described, self.blocks, strict=False):
+            if tensor is None:
+                args.append(None)
+                continue
             address = tensor.data_ptr()
             args += maps.get(address) or self._describe(maps, address, tensor, block)
         args += [p if p is None else p.data_ptr() for p in pointers]
@@ -85,9 +90,10 @@ class Launcher:
         self.known[key] = found = (*self.grid, stream, self.function, *self.head, *args, *floats, *self.tail)
         return found
 
-    def _first(self, described: Sequence[Tensor], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float]) -> None:
+    def _first(self, described: Sequence[Tensor | None], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float]) -> None:
         pointers = [tuple(p) if isinstance(p, Pointers) else p for p in pointers]
-        args = [*map(TensorDescriptor.from_tensor, described, self.blocks), *pointers, *floats, *self.ints]
+        maps = [t if t is None else TensorDescriptor.from_tensor(t, block) for t, block in zip(described, self.blocks, strict=True)]
+        args = [*maps, *pointers, *floats, *self.ints]
         if _recorded is not None:
             _recorded.append((self, args))
             return
@@ -108,7 +114,8 @@ class Launcher:
         """The kernel arguments of one descriptor (encoded map, shape, strides), remembered by address."""
         if len(maps) >= _MAX_REMEMBERED:
             maps.clear()
-        position = next(i for i, m in enumerate(self.maps) if m is maps)
+        present = [m for m, of in zip(self.maps, self.blocks, strict=True) if of]  # Triton counts the descriptors that are there
+        position = next(i for i, m in enumerate(present) if m is maps)
         maps[address] = self.encode(TensorDescriptor.from_tensor(tensor, block), position)
         return maps[address]
 

@@ -9,17 +9,16 @@ from torch import Tensor
 
 from .. import _batch_table
 from ._launch import Pointers, guarded, on_device
-from .batched_common import arch, unit_rows
+from .batched_common import MAX_SLICES, arch, unit_rows
 from .batched_decode import PARTS, Decode
 from .batched_decode import serves as decodes
 from .batched_dropout import KeepMask, MaskedShrink
 from .batched_prefill import Tiles, plan
 from .batched_reduce import SegmentReduce
 from .batched_shrink import Shrink
-from .batched_tma import TmaTiles, stacked
+from .batched_tma import TmaTiles
 from .batched_tma import serves as tma_serves
 
-MAX_SLICES = 3
 _MAX_SIGNATURES = 4096
 _prepared: dict[tuple, Callable] = {}
 
@@ -51,7 +50,7 @@ def _biases(biases: list[Tensor | None]) -> Pointers | None:
 
 def _tiles(x, y, h, weights, biases, pools_b, ranks, block, batch_invariant=False, masked=False) -> TmaTiles | Tiles:
     """The form of base + update that serves the call."""
-    if tma_serves(x, y, weights, pools_b, arch(x.device), batch_invariant, masked):
+    if tma_serves(x, y, weights, pools_b, arch(x.device), batch_invariant):
         return TmaTiles(x, y, h, weights, biases, pools_b, ranks, masked)
     return Tiles(plan(x.dtype, x.shape[1], arch(x.device), True, batch_invariant), x, y, h, weights, biases, pools_b, ranks, block, masked)
 
@@ -216,15 +215,13 @@ def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings,
         words = 0 if dropout_p is None else (0, -(-x.shape[1] // 32))
         y, h = x.new_empty(0, sum(w.shape[0] for w in weights)), x.new_empty(len(weights), 0, pools_b[0].shape[2])
         return y, h, x.new_empty(words, dtype=torch.int32)
-    facts = (dropout_p is None, len(weights) > 1 and stacked(weights))
-    key = _key(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, *more, *facts, Forward)
+    key = _key(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, *more, dropout_p is None, Forward)
     return on_device(x, _prepare(Forward, key, *args, *more), *args)
 
 
 def _prepare_serving(shape, x, weights, biases, pools_a, pools_b, ids, *rest):
     """`lora_batched_fwd` for every call of this signature, given as the caller of `lora_batched_linear` gave it; see ops/_serving_path.py."""
     S, widths, more, args = len(weights), [w.shape[0] for w in weights], rest[-3:], (x, weights, biases, pools_a, pools_b, ids, *rest)
-    joined = S > 1 and stacked(weights)  # lists of weights may have it or not: their addresses say
     prepared = None if any(_offsets(args[:6])) or not unit_rows(x) else guarded(x.device, Forward(*args))
 
     def call(x, weight, bias, pools_a, pools_b, ids, ranks, scalings, table):
@@ -236,7 +233,7 @@ def _prepare_serving(shape, x, weights, biases, pools_a, pools_b, ids, *rest):
             biases = [None] * S if bias is None else list(bias.split(widths) if one else bias)
         vectors = [None if t is None else t.expand(S, -1) for t in (ranks, scalings)]
         given = (x if len(shape) == 1 else x.view(-1, x.shape[-1]), weights, biases, pools_a, pools_b, ids, *vectors, None, None, table)
-        y = (lora_batched_fwd(*given, *more) if prepared is None or (joined and not one) else prepared(*given))[0]
+        y = (lora_batched_fwd(*given, *more) if prepared is None else prepared(*given))[0]
         return y if len(shape) == 1 else y.view(*shape, y.shape[1])
 
     return call

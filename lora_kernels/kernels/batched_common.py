@@ -11,6 +11,8 @@ from .. import _device
 from ..tuning import store
 from ..tuning.plan import block_rank
 
+MAX_SLICES = 3  # of one launch: `pick` chooses among them
+
 # What follows from M and the table's layout: specialised, every new batch size could mean a new compile in the middle of serving.
 UNSPECIALISED = [
     "M",
@@ -38,7 +40,7 @@ def jit(fn):
 
 @triton.jit
 def pick(items, i, S: tl.constexpr):
-    """items[i] for a run-time i, items being a tuple of S <= 3 pointers or numbers."""
+    """items[i] for a run-time i, items being a tuple of S <= 3 pointers, numbers or descriptors."""
     chosen = items[0]
     if S > 1:  # noqa: SIM102  S is known when compiling, i is not
         if i == 1:

@@ -6,8 +6,6 @@ tile of 128 rows meets, wherever its rows lie. No table is needed: a tile finds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +13,7 @@ from torch import Tensor
 from ..tuning.plan import block_rank, tma_arch
 from ._jit import load_keep, tile_of
 from ._launch import Launcher, Pointers, programs, regular
-from .batched_common import drop_of, jit, pick, precision, rank_of, slice_of, stride0
+from .batched_common import MAX_SLICES, drop_of, jit, pick, precision, rank_of, slice_of, stride0
 from .update import w_tile
 
 BM, BK = 128, 64
@@ -26,7 +24,7 @@ MOST_ADAPTERS = 16
 
 @triton.jit
 def finish(
-    acc, y_desc, om, on, col0, h_ptr, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
+    acc, y_desc, om, on, h_ptr, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, MASKED: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
@@ -54,21 +52,22 @@ def finish(
         adapter = tl.min(tl.where(slot > adapter, slot, L), 0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    y_desc.store([om, col0 + on], acc.to(y_desc.dtype))
+    y_desc.store([om, on], acc.to(y_desc.dtype))
 
 
 @jit
 def segmented_tma_kernel(
-    x_desc, w_desc, y_desc, h_ptr, ids_ptr, ranks_ptr, mask_ptr, p_ptr, biases, bs, Ns, sbls, M, K, L, R, sbn, sbr, shs, shm, srk,
+    x_desc, w0_desc, w1_desc, w2_desc, y0_desc, y1_desc, y2_desc, h_ptr, ids_ptr, ranks_ptr, mask_ptr, p_ptr, biases, bs,
+    Ns, sbls, M, K, L, R, sbn, sbr, shs, shm, srk,
     S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, MASKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x[m] W_i[n]^T + b_i[n] + drop'(h[i, m, :r] B_i[l, n, :r]^T), l the adapter of row m; persistent.
 
-    Shapes: x `[M, K]`, 16-bit; W, the slices under each other, `[sum N_i, K]` when TRANSPOSED, else (dx, one slice) `[K, N]`; y
-        `[M, sum N_i]`; all with a row pitch of a multiple of 16 bytes; ids int32 `[M]`; h `[S, M, R]` in x's dtype; B_i `[L, N_i, R]` any
-        strides, x's dtype or float32; b_i `[N_i]`; MASKED: mask int32 `[M, ceil(N / 32)]`, p float32 `[L]`. All N_i but the last are
-        multiples of BN: a tile of W may not reach into the next slice.
+    Shapes: x `[M, K]`, 16-bit; W_i `[N_i, K]` when TRANSPOSED, else (dx) `[K, N_i]`; y_i `[M, N_i]`, views of one y; all with a row pitch of
+        a multiple of 16 bytes; ids int32 `[M]`; h `[S, M, R]` in x's dtype; B_i `[L, N_i, R]` any strides, x's dtype or float32; b_i `[N_i]`;
+        MASKED: mask int32 `[M, ceil(N / 32)]`, p float32 `[L]`.
+        A descriptor per slice: slices may lie anywhere, and a tile at the edge of one neither reads nor writes the next.
     Grid: (min(number of SMs, tiles),), grouped order. Independent of the adapter mix.
     Memory: as a GEMM; per tile and adapter met in it BM r of h and BN r of B, from L2.
     Numerics: float32; ascending k, then a rank product per BR ranks, then the bias; the tile is finished in two halves, for registers. A
@@ -85,12 +84,14 @@ def segmented_tma_kernel(
     half: tl.constexpr = BN // 2
     for item in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         pm, pn = tile_of(item, num_m, num_n, GROUP_M)
-        i, tile, col0 = slice_of(pn, Ns, S, BN)
+        i, tile, _ = slice_of(pn, Ns, S, BN)
+        w_desc = pick((w0_desc, w1_desc, w2_desc), i, S)
+        y_desc = pick((y0_desc, y1_desc, y2_desc), i, S)
         om = pm * BM
         on = tile * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for ok in range(0, K, BK):
-            acc = tl.dot(x_desc.load([om, ok]), w_tile(w_desc, ok, col0 + on, TRANSPOSED), acc, input_precision=PREC)
+            acc = tl.dot(x_desc.load([om, ok]), w_tile(w_desc, ok, on, TRANSPOSED), acc, input_precision=PREC)
         N = pick(Ns, i, S)
         sbl = pick(sbls, i, S)
         b_ptr = pick(bs, i, S)
@@ -100,41 +101,32 @@ def segmented_tma_kernel(
             bias_ptr = pick(biases, i, S)
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, half)), (0, 2, 1)))
         finish(
-            left, y_desc, om, on, col0, h, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
+            left, y_desc, om, on, h, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
             BM, half, BR, HAS_BIAS, HAS_RANKS, MASKED, PREC,
         )  # fmt: skip
         finish(
-            right, y_desc, om, on + half, col0, h, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
+            right, y_desc, om, on + half, h, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
             BM, half, BR, HAS_BIAS, HAS_RANKS, MASKED, PREC,
         )  # fmt: skip
 
 
-def stacked(weights: list[Tensor]) -> bool:
-    """Whether the slices of W lie under each other in memory, as views of one stacked weight do."""
-    first, rows = weights[0], 0
-    for w in weights:
-        same = w.stride() == first.stride() and w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or w.storage_offset() != first.storage_offset() + rows * first.stride(0):
-            return False
-        rows += w.shape[0]
-    return True
-
-
-def _columns(M: int, Ns: Sequence[int], sms: int, masked: bool) -> int:
+def _columns(M: int, Ns: list[int], sms: int, masked: bool) -> int:
     """BN: 256 where that still gives every SM a tile, and no mask takes registers."""
     return 256 if not masked and triton.cdiv(M, BM) * sum(triton.cdiv(N, 256) for N in Ns) >= sms else 128
 
 
-def serves(x: Tensor, y: Tensor, weights: list[Tensor], pools_b: list[Tensor], arch: int, batch_invariant: bool, masked: bool) -> bool:
-    """Static facts only: Hopper and up, 16-bit rows that TMA can describe, not too many adapters, slices that tiles do not straddle.
+def _described(weights: list[Tensor]) -> list[Tensor]:
+    """The slices of W with contiguous rows: `[N, K]`, or `[K, N]` of those given as its transposed."""
+    return [w if w.stride(1) == 1 else w.t() for w in weights]
+
+
+def serves(x: Tensor, y: Tensor, weights: list[Tensor], pools_b: list[Tensor], arch: int, batch_invariant: bool) -> bool:
+    """Static facts only: Hopper and up, 16-bit rows that TMA can describe, not too many adapters.
 
     `batch_invariant` wants the one plan that every M can have.
     """
-    Ns = [w.shape[0] for w in weights]
-    BN = _columns(x.shape[0], Ns, programs(x.device), masked)
-    whole = len(weights) == 1 or (stacked(weights) and all(N % BN == 0 for N in Ns[:-1]))
-    described = [w if w.stride(1) == 1 else w.t() for w in weights]
-    return tma_arch(arch) and not batch_invariant and whole and pools_b[0].shape[0] <= MOST_ADAPTERS and regular(x, y, *described)
+    described = [x, *_described(weights), *y.split([w.shape[0] for w in weights], 1)]
+    return tma_arch(arch) and not batch_invariant and pools_b[0].shape[0] <= MOST_ADAPTERS and regular(*described)
 
 
 class TmaTiles:
@@ -142,19 +134,19 @@ class TmaTiles:
 
     def __init__(self, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, masked: bool = False):
         (M, K), S, R, b = x.shape, len(pools_b), h.shape[2], pools_b[0]
-        Ns = tuple(w.shape[0] for w in weights)
-        self.rows, self.transposed = sum(Ns), weights[0].stride(1) == 1
-        BN = _columns(M, Ns, programs(x.device), masked)
-        tiles = triton.cdiv(M, BM) * sum(triton.cdiv(N, BN) for N in Ns)
-        blocks = ((BM, BK), (BN, BK) if self.transposed else (BK, BN), (BM, BN // 2))
-        ints = (Ns, tuple(t.stride(0) for t in pools_b), M, K, b.shape[0], R, *b.stride()[1:], h.stride(0), h.stride(1), stride0(ranks))
-        constants = {"S": S, "BM": BM, "BN": BN, "BK": BK, "BR": block_rank(R, 64 if BN == 256 else 32), "GROUP_M": 8, "TRANSPOSED": self.transposed}
+        self.widths, self.absent, transposed = [w.shape[0] for w in weights], (None,) * (MAX_SLICES - S), weights[0].stride(1) == 1
+        BN = _columns(M, self.widths, programs(x.device), masked)
+        tiles = triton.cdiv(M, BM) * sum(triton.cdiv(N, BN) for N in self.widths)
+        w_block, y_block = (BN, BK) if transposed else (BK, BN), (BM, BN // 2)
+        blocks = ((BM, BK), *(w_block,) * S, *self.absent, *(y_block,) * S, *self.absent)
+        ints = (tuple(self.widths), tuple(t.stride(0) for t in pools_b), M, K, b.shape[0], R, *b.stride()[1:])
+        ints += (h.stride(0), h.stride(1), stride0(ranks))
+        constants = {"S": S, "BM": BM, "BN": BN, "BK": BK, "BR": block_rank(R, 64 if BN == 256 else 32), "GROUP_M": 8, "TRANSPOSED": transposed}
         constants |= {"HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "MASKED": masked, "PREC": precision(x.dtype)}
         grid = (min(programs(x.device), tiles),)
         self.launch = Launcher(segmented_tma_kernel, grid, blocks, ints, 8, 3 if BN == 256 else 4, **constants)
 
     def __call__(self, stream: int, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, ids, table, mask=None, p=None) -> None:
-        w = weights[0] if self.transposed else weights[0].t()
-        if len(weights) > 1:
-            w = w.as_strided((self.rows, w.shape[1]), w.stride())
-        self.launch(stream, (x, w, y), (h, ids, ranks, mask, p, biases, Pointers(pools_b)))
+        ys = (y,) if len(self.widths) == 1 else y.split(self.widths, 1)
+        described = (x, *_described(weights), *self.absent, *ys, *self.absent)
+        self.launch(stream, described, (h, ids, ranks, mask, p, biases, Pointers(pools_b)))

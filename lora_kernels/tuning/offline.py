@@ -29,7 +29,9 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel needs. spills: bytes of spill stores and loads; shared: bytes; register_a: wgmma with A in registers."""
+    """What one compiled kernel needs. spills: bytes of spill stores and loads and of stack, where also a TMA descriptor would lie that was copied
+    instead of chosen by address; shared: bytes; register_a: wgmma with A in registers.
+    """
 
     kernel: str
     arch: int
@@ -98,7 +100,7 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
         log = subprocess.run([ptxas, "-v", f"--gpu-name={name}", ptx, "-o", cubin], capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([_BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     opcodes = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE))
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log))
     shown = {k: v for k, v in launcher.constants.items() if k not in ("GROUP_M", "HAS_BIAS", "PRECISION", "PREC")}
     config = " ".join(f"{k}={int(v)}" for k, v in (shown | launcher.warps_stages).items())
     return Report(

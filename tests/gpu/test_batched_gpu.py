@@ -85,7 +85,9 @@ def test_llama_sizes(name):
         assert torch.equal(linear(b, meta), y)
 
 
-@pytest.mark.parametrize(("M", "Ns"), [(17, [200, 72]), (300, [200]), (300, [200, 72])], ids=["decode", "tma", "gathered"])
+@pytest.mark.parametrize(
+    ("M", "Ns"), [(17, [200, 72]), (300, [200]), (300, [200, 72]), (300, [196, 72])], ids=["decode", "tma", "tma-slices", "gathered"]
+)
 def test_sanitize_every_form(M, Ns):
     """Small, with tails in every direction, forward and backward with dropout, for compute-sanitizer."""
     b = Batch.random(ids=ids_of(M, 5), Ns=Ns, K=264, R=24, L=5, dtype=bf16, device=DEVICE, ranks="mixed")

@@ -65,7 +65,7 @@ lean, seen = _launch.Launcher.__call__, []
 
 def both(self, stream, described, pointers, floats=()):
     flat = [item for arg in (*pointers, *floats, *self.ints) for item in (arg if isinstance(arg, tuple) else (arg,))]
-    n = 5 * len(described) + sum(item is not None and not (isinstance(item, int) and item == 1) for item in flat)
+    n = 5 * sum(d is not None for d in described) + sum(item is not None and not (isinstance(item, int) and item == 1) for item in flat)
     cuda.keep(0)
     self._first(described, pointers, floats)
     cuda.keep(n)
@@ -77,10 +77,11 @@ def both(self, stream, described, pointers, floats=()):
     seen.append(self.fn.__name__)
 
 _launch.Launcher.__call__ = both
-for M, Ns, L, p in ((17, (96,), 2, None), (17, (64, 32), 2, None), (600, (96,), 2, None), (600, (64, 32), 70, torch.ones(70))):
+two = (64, 32)
+for M, Ns, L, p in ((17, (96,), 2, None), (17, two, 2, None), (600, (96,), 2, None), (600, two, 2, None), (600, two, 70, torch.ones(70))):
     K, R, S = 64, 16, len(Ns)
     x, ids = empty(M, K), torch.zeros(M, dtype=torch.int32)
-    ws, pools_a, pools_b = list(empty(sum(Ns), K).split(Ns)), [empty(L, R, K) for _ in Ns], [empty(L, N, R) for N in Ns]
+    ws, pools_a, pools_b = [empty(N, K) for N in Ns], [empty(L, R, K) for _ in Ns], [empty(L, N, R) for N in Ns]
     block = _batch_table.default_block(M, False)
     table = batched_table.build(ids, L, block, ids.new_empty(_batch_table.layout(M, L, block).size))
     tail = (ids, None, torch.ones(S, L), p)

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _batch_table
+from ..tuning.plan import block_rank
 from ._jit import load_keep
 from ._launch import Launcher, Pointers
-from .batched_common import drop_of, jit, pick, precision, rank_chunk, rank_of, slice_of, stride0
+from .batched_common import drop_of, jit, pick, precision, rank_of, slice_of, stride0
 
 
 @jit
@@ -143,10 +144,11 @@ class Tiles:
         at = _batch_table.layout(M, b.shape[0], block)
         self.base = bool(weights)
         Ns, w = tuple(t.shape[1] for t in pools_b), weights[0] if weights else b[0]
+        BR = block_rank(R, 64 if x.element_size() == 2 else 32)  # float32: 64 spill on sm_80 beside the addresses of three slices
         tiles = triton.cdiv(M, plan.BM) * sum(triton.cdiv(N, plan.BN) for N in Ns)
         ints = (Ns, tuple(t.stride(0) for t in pools_b), M, K, R, x.stride(0), y.stride(0), *w.stride(), *b.stride()[1:])
         ints += (h.stride(0), h.stride(1), stride0(ranks), at.order, at.seg_of, at.seg_start, at.seg_adapter)
-        constants = {"S": S, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "BR": rank_chunk(R), "GROUP_M": 8, "EVEN_K": K % plan.BK == 0}
+        constants = {"S": S, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "BR": BR, "GROUP_M": 8, "EVEN_K": K % plan.BK == 0}
         constants |= {"BASE": self.base, "HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "MASKED": masked}
         self.launch = Launcher(batched_linear_kernel, (tiles,), (), ints, plan.warps, plan.stages, **constants, PREC=precision(x.dtype))
 

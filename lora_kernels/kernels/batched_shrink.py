@@ -1,4 +1,7 @@
-"""Many adapters: h of the rows of each token block, as units of work that a launch of its own or the decode kernel takes."""
+"""Many adapters: h of the rows of each token block, as units of work that a launch of its own or a larger kernel takes.
+
+Few rows: a unit is one slice's part of K, so that there are enough of them (`h_unit`). Many rows: all slices of a block from one read of x.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,14 @@ from ._launch import Launcher, Pointers, workspace
 from .batched_common import jit, pick, precision, rank_chunk, rank_of, stride0
 
 COUNTERS = tl.constexpr(3)  # sync[3 ...]: one arrival counter per group; before them the decode kernel's ticket, groups and exits
+
+
+@triton.jit
+def store_h(acc, h_ptr, scalings_ptr, i, adapter, rows, live, rr, rank, shs, shm, ssc, HAS_SCALINGS: tl.constexpr):
+    """Scale the float32 sums and store what exists of them."""
+    if HAS_SCALINGS:
+        acc *= tl.load(scalings_ptr + i * ssc + adapter)
+    tl.store(h_ptr + i * shs + rows[:, None] * shm + rr[None, :], acc.to(h_ptr.dtype.element_ty), mask=live[:, None] & (rr[None, :] < rank))
 
 
 @triton.jit
@@ -46,24 +57,67 @@ def h_unit(
             x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=live[:, None] & (rk[None, :] < K), other=0.0)
             a = tl.load(a_ptr + rr[:, None] * sar + rk[None, :] * sak, mask=(rr[:, None] < rank) & (rk[None, :] < K), other=0.0)
             acc = tl.dot(x, a.to(x_ptr.dtype.element_ty).T, acc, input_precision=PREC)
-        scale = 1.0
-        if HAS_SCALINGS:
-            scale = tl.load(scalings_ptr + i * ssc + adapter)
-        hp = h_ptr + i * shs + rows[:, None] * shm + rr[None, :]
-        keep = live[:, None] & (rr[None, :] < rank)
-        if KC == 1:
-            tl.store(hp, (acc * scale).to(h_ptr.dtype.element_ty), mask=keep)
-        else:
-            parts = hpart_ptr + group.to(tl.int64) * (KC * TB * BR) + rt[:, None] * BR + tl.arange(0, BR)[None, :]
-            tl.store(parts + part * (TB * BR), acc)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(sync_ptr + COUNTERS + group, 1, sem="acq_rel", scope="gpu")
-            if arrived == KC - 1:
-                total = tl.zeros((TB, BR), tl.float32)
-                for c in range(KC):
-                    total += tl.load(parts + c * (TB * BR), cache_modifier=".cg")
-                tl.store(hp, (total * scale).to(h_ptr.dtype.element_ty), mask=keep)
-                tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
+        parts = hpart_ptr + group.to(tl.int64) * (KC * TB * BR) + rt[:, None] * BR + tl.arange(0, BR)[None, :]
+        tl.store(parts + part * (TB * BR), acc)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(sync_ptr + COUNTERS + group, 1, sem="acq_rel", scope="gpu")
+        if arrived == KC - 1:
+            total = tl.zeros((TB, BR), tl.float32)
+            for c in range(KC):
+                total += tl.load(parts + c * (TB * BR), cache_modifier=".cg")
+            store_h(total, h_ptr, scalings_ptr, i, adapter, rows, live, rr, rank, shs, shm, ssc, HAS_SCALINGS)
+            tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
+
+
+@triton.jit
+def h_step(acc, x, a_ptr, rr, rk, K, rank, sar, sak, PREC: tl.constexpr):
+    """acc + x A^T over the columns rk of K."""
+    a = tl.load(a_ptr + rr[:, None] * sar + rk[None, :] * sak, mask=(rr[:, None] < rank) & (rk[None, :] < K), other=0.0)
+    return tl.dot(x, a.to(x.dtype).T, acc, input_precision=PREC)
+
+
+@triton.jit
+def h_block(
+    u, x_ptr, h_ptr, table_ptr, ranks_ptr, scalings_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+    o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks,
+    S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr,
+    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Unit u of blocks * RC: h[:, rows of a block, BR columns], x read once for all slices."""
+    block = u % blocks
+    r0 = u // blocks * BR
+    start = tl.load(table_ptr + o_blk_start + block)
+    length = tl.load(table_ptr + o_blk_len + block)
+    adapter = tl.load(table_ptr + o_blk_adapter + block)
+    rank0 = rank_of(ranks_ptr, 0, adapter, R, srk, HAS_RANKS)
+    rank1 = rank0
+    rank2 = rank0
+    if S > 1:
+        rank1 = rank_of(ranks_ptr, 1, adapter, R, srk, HAS_RANKS)
+    if S > 2:
+        rank2 = rank_of(ranks_ptr, 2, adapter, R, srk, HAS_RANKS)
+    if r0 < max(rank0, rank1, rank2):
+        rt = tl.arange(0, TB)
+        rr = r0 + tl.arange(0, BR)
+        live = rt < length
+        rows = tl.load(table_ptr + o_order + start + rt, mask=live, other=0).to(tl.int64)
+        first = adapter.to(tl.int64) * sal
+        acc0 = tl.zeros((TB, BR), tl.float32)
+        acc1 = acc0
+        acc2 = acc0
+        for k in range(0, K, BK):
+            rk = k + tl.arange(0, BK)
+            x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=live[:, None] & (rk[None, :] < K), other=0.0)
+            acc0 = h_step(acc0, x, as_[0] + first, rr, rk, K, rank0, sar, sak, PREC)
+            if S > 1:
+                acc1 = h_step(acc1, x, as_[1] + first + (rank1 * sar if PACKED else 0), rr, rk, K, rank1, sar, sak, PREC)
+            if S > 2:
+                acc2 = h_step(acc2, x, as_[2] + first + (2 * rank2 * sar if PACKED else 0), rr, rk, K, rank2, sar, sak, PREC)
+        store_h(acc0, h_ptr, scalings_ptr, 0, adapter, rows, live, rr, rank0, shs, shm, ssc, HAS_SCALINGS)
+        if S > 1:
+            store_h(acc1, h_ptr, scalings_ptr, 1, adapter, rows, live, rr, rank1, shs, shm, ssc, HAS_SCALINGS)
+        if S > 2:
+            store_h(acc2, h_ptr, scalings_ptr, 2, adapter, rows, live, rr, rank2, shs, shm, ssc, HAS_SCALINGS)
 
 
 @jit
@@ -76,14 +130,20 @@ def shrink_kernel(
     """h[i, m, :r] = scale[i, l] x[m] A_i[l, :r]^T, l the adapter of row m.
 
     Shapes: x `[M, K]`; A_i `[L, R, K]` (PACKED: `[L, S R, K]`) x's dtype or float32; h `[S, M, R]` any dtype, written where l and r exist.
-    Grid: (max_blocks * S * RC * KC); programs past the blocks of this batch leave at once.
-    Memory: x once per slice and rank chunk, A_l once per token block; with KC > 1 the parts, float32, written and read once.
+    Grid: (max_blocks * RC), with parts of K (max_blocks * S * RC * KC); programs past the blocks of this batch leave at once.
+    Memory: x once per rank chunk, A_l once per token block; with KC > 1 x once per slice, and the parts, float32, written and read once.
     Numerics: float32 over ascending k, KC parts added in order, scale applied to the float32 sum. No atomics on data.
     Source: BGMV/SGMV shrink, arXiv:2310.18547.
     """
     blocks = tl.load(table_ptr)
     u = tl.program_id(0)
-    if u < blocks * S * RC * KC:
+    if KC == 1:
+        if u < blocks * RC:
+            h_block(
+                u, x_ptr, h_ptr, table_ptr, ranks_ptr, scalings_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+                o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, S, BK, BR, TB, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
+            )  # fmt: skip
+    elif u < blocks * S * RC * KC:
         h_unit(
             u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
             o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
@@ -99,15 +159,19 @@ class Shrink:
     def __init__(self, x: Tensor, pools_a: list[Tensor], h: Tensor, ranks, scalings, block: int, packed: bool, parts: int):
         (M, K), S, R, a = x.shape, len(pools_a), h.shape[2], pools_a[0]
         at, BR = _batch_table.layout(M, a.shape[0], block), rank_chunk(R)
-        RC, BK = triton.cdiv(R, BR), 32 if x.element_size() == 4 or K % 8 else 128 if a.dtype == x.dtype else 64
-        groups = at.max_blocks * S * RC
+        together, short = parts == 1 and S > 1, x.element_size() == 4 or K % 8 != 0
+        BK = 32 if short else 128 if a.dtype == x.dtype and not together else 64
+        if together and short:
+            BR = min(BR, 32)  # an accumulator and a tile of A for each slice: 64 ranks spill
+        RC = triton.cdiv(R, BR)
+        groups = at.max_blocks * RC * (S if parts > 1 else 1)
         self.parts = groups * parts * block * BR if parts > 1 else 0
         self.flags = 3 + groups
         ints = (K, R, x.stride(0), *a.stride(), h.stride(0), h.stride(1), stride0(ranks), stride0(scalings))
         ints += (at.order, at.blk_start, at.blk_len, at.blk_adapter, RC)
         constants = {"S": S, "BK": BK, "BR": BR, "TB": block, "KC": parts, "HAS_RANKS": ranks is not None, "HAS_SCALINGS": scalings is not None}
         constants |= {"PACKED": packed, "PREC": precision(x.dtype)}
-        self.launch = Launcher(shrink_kernel, (groups * parts,), (), ints, 4, 3, **constants) if groups else None
+        self.launch = Launcher(shrink_kernel, (groups * parts,), (), ints, 8 if together else 4, 3, **constants) if groups else None
 
     def __call__(self, stream: int, x: Tensor, pools_a: list[Tensor], h: Tensor, ranks, scalings, table: Tensor) -> None:
         if self.launch is None:  # pools without slots

@@ -78,9 +78,10 @@ OTHERS = [
     Call("forward", 17, pool_dtype=fp32),
     Call("forward", 512, (1000, 1000), R=64),  # TMA, narrow tiles
     Call("forward", 8192, R=64, dtype=fp16, pool_dtype=fp32),
+    Call("forward", 8192, (4096, 1024, 1024), R=64, pool_dtype=fp32),
     Call("forward", 8192, R=256, invariant=True),
     Call("forward", 64, R=16, dtype=fp32),
-    Call("forward", 1024, R=64, dtype=fp32),
+    Call("forward", 1024, (200, 200, 200), R=64, dtype=fp32),
     Call("shrink_expand", 64, R=64),
     Call("shrink_expand", 4096, R=64, dtype=fp16),
     Call("backward", 4096, R=64),
@@ -102,6 +103,16 @@ def test_compiles_within_the_chip(call: Call) -> None:
             if report.kernel == "segmented_tma_kernel":
                 product = "HGMMA" if arch == 90 else "UTCHMMA"
                 assert all(report.opcodes.get(name) for name in (product, "UTMALDG", "UTMASTG")), f"{what}: {report.opcodes}"
+
+
+def test_slices_share_one_read_of_x() -> None:
+    """The shrink of q/k/v in prefill has the programs of one slice: each reads its rows once."""
+
+    def programs(Ns) -> int:
+        call = Call("forward", 8192, Ns, arch=90)
+        return next(launcher.grid[0] for launcher, _ in offline.record(call.arch, call.call) if launcher.fn.__name__ == "shrink_kernel")
+
+    assert programs((4096, 1024, 1024)) == programs((4096,)) == 8192 // 64 + 8
 
 
 def test_prefill_takes_the_form_that_static_facts_name() -> None:

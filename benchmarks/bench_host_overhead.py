@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 pytest.importorskip("pytest_benchmark")
 
 import lora_kernels as lk
+from lora_kernels.kernels import _launch
 from lora_kernels.native import signature
 from lora_kernels.ops import _registry, _serving_path
 from lora_kernels.ops import lora_linear as op_linear
@@ -75,6 +76,16 @@ def test_lora_linear_autograd(benchmark, operands) -> None:
     x, weight, bias, a, b = operands
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
     run(benchmark, lambda: lk.lora_linear(x, weight, bias, a, b, 0.5, backend="triton", strict=True))
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["f_linear", "lora_linear"])
+def test_under_autocast(benchmark, operands, ours) -> None:
+    """Operands in autocast's dtype already, so that nothing is cast."""
+    x, weight, bias, a, b = operands
+    small = [t.to(torch.bfloat16) for t in tiny(operands)]
+    call = (lambda: lk.lora_linear(x, weight, bias, a, b, 0.5, backend="triton", strict=True)) if ours else (lambda: F.linear(*small))
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        run(benchmark, call)
 
 
 def test_through_the_dispatcher(benchmark, operands) -> None:
@@ -166,12 +177,15 @@ def row():
 PIECES = (
     "signature, native",
     "signature, python",
+    "signature of an unobserved call, native",
+    "signature of an unobserved call, python",
     "range, native",
     "range, aminmax",
     "apply, lean",
     "apply, whole",
     "empty, numbers",
     "empty, tuple",
+    "empty, past the dispatcher",
 )
 
 
@@ -181,16 +195,19 @@ def test_piece(benchmark, row, piece) -> None:
     x, weight, a, b, meta = row
     a, b = a[0].clone().requires_grad_(), b[0].clone().requires_grad_()
     y, h, mask = x.new_empty(1, 8), x.new_empty(1, R), torch.empty(0, dtype=torch.int32)
-    operands = (x, weight, None, a, b, (0.5, 0.0, None, "cpu", True, lambda *_: (y.detach(), h, mask)))
+    operands = (x, a, b, None, (weight, None, 0.5, 0.0, None, "cpu", True, lambda *_: (y.detach(), h, mask)))
     calls = {
         "signature, native": lambda: signature.signature(x, weight, a, b, None),
         "signature, python": lambda: signature._from_attributes(x, weight, a, b, None),
+        "signature of an unobserved call, native": lambda: signature.unobserved_signature(x, weight, a, b, None),
+        "signature of an unobserved call, python": lambda: signature._unobserved_from_attributes(x, weight, a, b, None),
         "range, native": lambda: signature.value_range(meta.ids),
         "range, aminmax": lambda: [int(v) for v in meta.ids.aminmax()],
         "apply, lean": lambda: op_linear._apply(*operands),
         "apply, whole": lambda: op_linear._LoraLinear.apply(*operands),
         "empty, numbers": lambda: x.new_empty(1, 8),
         "empty, tuple": lambda: x.new_empty((1, 8)),
+        "empty, past the dispatcher": _launch.maker(x, 1, 8),
     }
     run(benchmark, calls[piece])
 

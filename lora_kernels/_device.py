@@ -37,6 +37,11 @@ _NAMES = ("LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT", "LORA_KERNELS_BATCH_INV
 _BACKEND, _STRICT, _BATCH_INVARIANT = map(os.environ.encodekey, _NAMES)
 
 
+def env_source() -> tuple[dict, tuple]:
+    """os.environ's own dict, and the keys in it of the variables that decide how a call runs."""
+    return os.environ._data, (_BACKEND, _STRICT, _BATCH_INVARIANT)
+
+
 def env_state() -> tuple:
     """The variables that decide how a call runs, for a cache key: from os.environ's own dict, as its checked look-up is slow for unset names."""
     values = os.environ._data

@@ -141,6 +141,16 @@ def test_checkpointing_replays_the_mask(use_reentrant):
     assert all(torch.equal(p, q) for p, q in zip(*grads, strict=True))
 
 
+def test_backward_lets_go_of_all_tensors():
+    """A weight cast by autocast is as large as the layer: it must not live as long as the graph's nodes do."""
+    c = Case.random(9, 20, 33, 4)
+    with torch.autocast("cpu", bf16):
+        y = lk.lora_linear(c.x, c.weight, c.bias, c.lora_a.requires_grad_(), c.lora_b, c.scaling, 0.5)
+    kept = [v for value in vars(y.grad_fn).values() for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, torch.Tensor)]
+    assert vars(y.grad_fn)
+    assert kept == []
+
+
 def test_saves_only_x_h_and_the_bits():
     c = Case.random(64, 96, 128, 8, bf16, fp32)
     x, a, b = (t.clone().requires_grad_() for t in (c.x, c.lora_a, c.lora_b))

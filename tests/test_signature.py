@@ -1,8 +1,11 @@
 """Signatures of calls and the lean paths that trust them: equal where nothing differs that matters, never where something does."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk
 from lora_kernels import LoraValueError
@@ -120,6 +123,71 @@ def test_nothing_is_kept_for_backward_without_gradients(monkeypatch) -> None:
     assert first.grad_fn is not None
     assert second.grad_fn is None
     assert torch.equal(first, second)
+
+
+# ------------------------------------------------------------------------------------------------------------ autocast
+
+
+def to(dtype, *tensors):
+    return [t.detach().to(dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "no_gradient"])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=["adapter_fp32", "adapter_bf16"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_known_calls_under_autocast(monkeypatch, backend, adapter, trained) -> None:
+    """Cast as F.linear casts, by the second call too; the bits of the cast operands, so nothing inside is cast again; and back outside."""
+    monkeypatch.setattr(op, "_forward_runs", {})
+    monkeypatch.setattr(op, "_backward_runs", {})
+    x, w, a, b = operands()
+    bias, a, b = torch.randn(12), *(t.to(adapter).requires_grad_(trained) for t in (a, b))
+    low = to(torch.bfloat16, x, w, bias)
+    want = lk.lora_linear(*low, a, b, 2.0, backend=backend)
+    outside = lk.lora_linear(x, w, bias, *to(torch.float32, a, b), 2.0, backend=backend)
+    op._forward_runs.clear()
+    dispatched = []
+    monkeypatch.setattr(op, "_fwd", lambda *args: dispatched.append("forward"))
+    monkeypatch.setattr(op, "_bwd", lambda *args: dispatched.append("backward"))
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = lk.lora_linear(x, w, bias, a, b, 2.0, backend=backend)
+            assert torch.is_autocast_enabled("cpu")
+            with torch.autocast("cpu", enabled=False):
+                assert torch.equal(lk.lora_linear(x, w, bias, *to(torch.float32, a, b), 2.0, backend=backend), outside)
+            grads = torch.autograd.grad(y, (a, b), torch.ones_like(y)) if trained else ()
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, want)
+        if trained:
+            expected = torch.autograd.grad(want, (a, b), torch.ones_like(y), retain_graph=True)
+            assert all(torch.equal(g, e) for g, e in zip(grads, expected, strict=True))
+        assert torch.equal(lk.lora_linear(x, w, bias, *to(torch.float32, a, b), 2.0, backend=backend), outside)
+    assert dispatched == []
+    assert len(op._forward_runs) == 2  # within and without
+
+
+def test_autocast_is_on_again_after_a_failure() -> None:
+
+    def fails(*_):
+        assert not torch.is_autocast_enabled("cpu")
+        raise RuntimeError("no")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="no"):
+            op._outside_autocast(fails, "cpu")
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_of_another_device_changes_nothing() -> None:
+    x, w, a, b = operands()
+    want = lk.lora_linear(x, w, None, a, b, 2.0)
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast wants to see a GPU first
+    try:
+        for _ in range(2):
+            assert torch.equal(lk.lora_linear(x, w, None, a, b, 2.0), want)
+            assert torch.is_autocast_enabled("cuda")
+            assert not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 # ------------------------------------------------------------------------------------------------------- many adapters
@@ -244,3 +312,78 @@ def test_addresses(read) -> None:
     a, b, c = tensor(3), tensor(4), tensor(5)
     assert read(a, None, (b, c)) == read(a, None, (b, c))
     assert len({read(a, None, (b, c)), read(a, None, (c, b)), read(a, b, (b, c)), read(a[1:], None, (b, c)), read(None, a, (b, c))}) == 5
+
+
+@pytest.mark.parametrize("read", [native._pointers, native.addresses], ids=["python", "native"])
+def test_addresses_with_numbers_and_lists(read) -> None:
+    a, b = tensor(3), tensor(4)
+    base = read(7, (0.5,), [a, (b, None)], ())
+    assert read(7, (0.5,), [a, (b, None)], ()) == base
+    others = (
+        read(8, (0.5,), [a, (b, None)], ()),
+        read(7, (0.25,), [a, (b, None)], ()),
+        read(7, (0.5,), [b, (b, None)], ()),
+        read(2**63, (0.5,), [a, (b, None)]),
+    )
+    assert len({base, *others}) == 5
+
+
+@contextlib.contextmanager
+def forward_ad_level():
+    with torch.autograd.forward_ad.dual_level():
+        yield
+
+
+@contextlib.contextmanager
+def functorch_transform():
+    level = torch._C._functorch._vmap_increment_nesting(2, "error")
+    try:
+        yield level
+    finally:
+        torch._C._functorch._vmap_decrement_nesting()
+
+
+class Listening(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+LISTENERS = {
+    "dispatch mode": Listening,
+    "forward AD": forward_ad_level,
+    "functorch": functorch_transform,
+}
+
+
+@pytest.fixture(params=["python", "native"])
+def unobserved(request):
+    return {"python": native._unobserved_from_attributes, "native": native.unobserved_signature}[request.param]
+
+
+@pytest.mark.parametrize("listener", LISTENERS)
+def test_no_signature_while_somebody_listens(unobserved, listener) -> None:
+    before = unobserved(*BASE())
+    assert before is not None
+    with LISTENERS[listener]():
+        assert unobserved(*BASE()) is None
+    assert unobserved(*BASE()) == before
+
+
+@pytest.mark.parametrize("name", ["LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT", "LORA_KERNELS_BATCH_INVARIANT"])
+def test_the_environment_shows(unobserved, name, monkeypatch) -> None:
+    monkeypatch.delenv(name, raising=False)
+    found = {unobserved(*BASE())}
+    for value in ("", "1", "cpu", "reference", "a name of more than a word"):
+        monkeypatch.setenv(name, value)
+        found.add(unobserved(*BASE()))
+        assert unobserved(*BASE()) in found
+    assert None not in found
+    assert len(found) == 6
+    monkeypatch.setenv(name, "no name is as long as this" * 100)
+    assert unobserved(*BASE()) not in found
+
+
+def test_no_unobserved_signature_with_a_pending_sign_or_of_what_is_no_plain_tensor(unobserved) -> None:
+    assert unobserved(torch._neg_view(tensor(4, 8))) is None
+    assert unobserved(torch.empty(2, device="meta")) is None
+    assert unobserved(tensor(5, 8)) != unobserved(tensor(4, 8))

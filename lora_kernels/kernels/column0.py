@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..tuning.plan import Plan, block_rank
 from ._jit import tile_of
-from ._launch import Launcher, precision, programs, workspace
+from ._launch import Launcher, PerStream, precision, programs, workspace
 from .update import rank_product, store_halves, w_tile
 
 
@@ -119,7 +121,7 @@ class Column0:
         BM, BN, BK, BR = plan.block_m, plan.block_n, plan.block_k, block_rank(R, 64)
         transposed = w.stride(0) == 1
         num_m = -(-M // BM)
-        self.flags = 1 + 2 * num_m
+        self.sync = PerStream(x.device, partial(workspace, x.device, ints=1 + 2 * num_m))
         blocks = ((BM, BK), (BN, BK) if transposed else (BK, BN), (BR, BK) if transposed else (BK, BR), (BM, BN // 2))
         constants = {"BM": BM, "BN": BN, "BK": BK, "BR": BR, "GROUP_M": plan.group_m, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None}
         grid = (min(programs(x.device), num_m * -(-N // BN)),)
@@ -128,4 +130,5 @@ class Column0:
 
     def __call__(self, stream: int, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, y: Tensor, h: Tensor, scale: float) -> None:
         """Here W and A are weight and adapter as stored; A is in x's dtype."""
-        self.launch(stream, (x, w, a, y), (bias, h, b, workspace(x.device, stream, self.flags)), (scale,))
+        # __call__ by its name: through the type's slot a call takes 0.1 us more (Zen 3)
+        self.launch.__call__(stream, (x, w, a, y), (bias, h, b, self.sync.on(stream)), (scale,))

@@ -1,4 +1,4 @@
-"""What a call needs to know of its tensors before it launches: their signature, and the range of small integer vectors.
+"""What a call needs to know before it launches: its tensors' signature, who may listen to it, the range of small integer vectors.
 
 A signature is all that checks, plans and prepared launches depend on besides numbers, as one hashable value.
 """
@@ -6,11 +6,15 @@ A signature is all that checks, plans and prepared launches depend on besides nu
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from .. import _device
 
 try:
     from .. import _C
@@ -35,19 +39,37 @@ def _from_attributes(*tensors: Tensor | None) -> tuple | None:
     return (*found, addresses & 15)
 
 
+# Each is true while somebody may listen to what an op does: dispatch modes, functorch transforms, torch.jit. (And forward AD, by its level.)
+_LISTENERS = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch._C._is_tracing
+
+
+def _unobserved_from_attributes(x: Tensor, *others: Tensor | None) -> tuple | None:
+    """`signature` and the environment; None where there is none, x has a pending sign, or somebody may listen to the call."""
+    if forward_ad._current_level >= 0 or any(listens() for listens in _LISTENERS):
+        return None
+    shown = _from_attributes(x, *others)
+    return None if shown is None or x.is_neg() else (shown, *_device.env_state())
+
+
 @functools.cache
 def tensors_shown() -> bool:
     """Whether the native module is built and can read this torch's tensors."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return _C is not None and exchange is not None and _C.use_exchange(exchange, Tensor, Parameter)
+    if _C is None or exchange is None or not _C.use_exchange(exchange, Tensor, Parameter):
+        return False
+    _C.use_surroundings(_LISTENERS, vars(forward_ad), Tensor.is_neg, *_device.env_source())
+    return True
 
 
-def _pointers(*tensors: Tensor | tuple[Tensor, ...] | None) -> tuple:
-    """The addresses of tensors, tuples of tensors and None, as one hashable value."""
-    return tuple([t if t is None else t.data_ptr() if isinstance(t, Tensor) else _pointers(*t) for t in tensors])
+def _pointers(*values: Tensor | float | Sequence | None) -> tuple:
+    """The addresses of tensors, numbers and None as they are, in nested tuples and lists too, as one hashable value."""
+    return tuple([v.data_ptr() if isinstance(v, Tensor) else _pointers(*v) if isinstance(v, (tuple, list)) else v for v in values])
 
 
-signature, addresses = (_C.signature, _C.addresses) if tensors_shown() else (_from_attributes, _pointers)
+if tensors_shown():
+    signature, unobserved_signature, addresses = _C.signature, _C.unobserved_signature, _C.addresses
+else:
+    signature, unobserved_signature, addresses = _from_attributes, _unobserved_from_attributes, _pointers
 
 
 def has_values(t: Tensor) -> bool:

@@ -4,7 +4,7 @@ A provider is a module with `unusable() -> str | None` (why this machine cannot 
 `OPS: dict[op name, (run, refuses)]`, where `refuses(*args)` says why it will not take this call, or None. A run may carry
 `run.prepare(*args)`: a function for every call of the same signature (`native.signature`) that need not look at it again, or None; and
 `run.prepare_nd(lead, *args)`: the same for calls whose x (and dy), [M, K] or contiguous, have the leading dimensions `lead`, as y (and dx)
-then has; of a forward with `trained=False` nobody wants h. Of the many-adapter ops: `_serving_path`.
+then has, or None; of a forward with `trained=False` nobody wants h. Of the many-adapter ops: `_serving_path`.
 Providers are imported when first needed, so importing the package imports neither triton nor the native module.
 """
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks_batched, _device
-from ..native.signature import signature
+from .. import _checks_batched
+from ..native.signature import unobserved_signature
 from . import _registry
 from .batch_meta import BatchMeta, check_ids, check_ranks
-from .lora_linear import keep, unobserved
+from .lora_linear import any_autocast, keep
 
 _OP = "lora_batched_fwd"
 _runs: dict[tuple, Callable] = {}
@@ -28,18 +28,18 @@ def as_list(t: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 def key_of(x: Tensor, tensors: Sequence[Tensor | None], mapping, *options) -> tuple | None:
     """The signature of a call without gradients that nothing can listen to, x and `tensors` its operands; None where there is no lean path."""
-    if not unobserved():
+    if torch.compiler.is_compiling() or any_autocast():
         return None
     if isinstance(mapping, BatchMeta):
         ids, prepared = mapping.ids, (mapping.num_adapters, mapping.block, mapping.batch_invariant)
     else:
         ids, prepared = mapping, None
-    shown = signature(x, *tensors, ids)
-    if shown is None or x.is_neg():
+    shown = unobserved_signature(x, *tensors, ids)
+    if shown is None:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return None
-    return (shown, prepared, *options, *_device.env_state())
+    return (shown, prepared, *options)
 
 
 def find(key: tuple | None) -> Callable | None:

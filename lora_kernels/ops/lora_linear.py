@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _checks, _device
+from .. import _checks
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
-from ..native.signature import signature
+from ..native.signature import unobserved_signature
 from . import _registry
 
 _FWD = "lora_linear_fwd"
@@ -35,10 +36,18 @@ def _autocasts(device_type: str) -> bool:
 
 def _run(op: str, device_type: str, backend: str, strict: bool, args: tuple):
     run = _registry.select(op, backend, strict, device_type, args)
-    if _autocasts(device_type):  # dtypes are settled by now; autocast must not touch the inner products
-        with torch.autocast(device_type, enabled=False):
-            return run(*args)
-    return run(*args)
+    return _outside_autocast(run, device_type, *args)
+
+
+def _outside_autocast(run: Callable, device_type: str, *args):
+    """`run(*args)` with the device's autocast off: dtypes are settled by now, and it must not touch the inner products."""
+    if not _autocasts(device_type):
+        return run(*args)
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        return run(*args)
+    finally:
+        torch.set_autocast_enabled(device_type, True)
 
 
 @torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
@@ -74,45 +83,48 @@ _bwd = torch.ops.lora_kernels.lora_linear_bwd.default
 
 # ------------------------------------------------------------------------------------------------------------ the lean path
 
-# The op through the dispatcher takes 26 us on the host where the lean path takes 10 (Zen 3, benchmarks/bench_host_overhead.py). Where
+# The op through the dispatcher takes 22 us on the host where the lean path takes 6 (Zen 3, benchmarks/bench_host_overhead.py). Where
 # nothing can listen to the dispatcher (plain tensors, no mode, no transform), a call whose signature has been checked and decided before
 # goes straight to its implementation.
 
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+any_autocast = torch._C._is_any_autocast_enabled  # of any device: the quick question
 _MAX_SIGNATURES = 4096
 _forward_runs: dict[tuple, Callable] = {}
 _backward_runs: dict[tuple, Callable] = {}
 
 
-def unobserved() -> bool:
-    """Whether nobody watches the dispatcher: no tracing (torch.compile, torch.jit), dispatch mode, functorch transform, forward AD or autocast."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._is_tracing()
-    )
-
-
-def _remember(runs: dict, key: tuple, op: str, backend: str, strict: bool, wide: tuple[Tensor, ...], narrow: tuple, **how: bool) -> Callable:
+def _remember(
+    runs: dict, key: tuple, op: str, backend: str, strict: bool, autocast: bool, wide: tuple[Tensor, ...], narrow: tuple, **how: bool
+) -> Callable:
     """Decide who runs this signature; kept unless a reason was logged (it must be looked at, and may be logged, again).
 
     The operands `wide` (x, or dy and x) have any number of dimensions and are taken as they are; first result likewise.
     """
-    args, lead = (*map(_rows, wide), *narrow), wide[0].shape[:-1]
-    run, quiet = _registry.decide(op, backend, strict, args[0].device.type, args)
-    prepare = getattr(run, "prepare_nd", None)
-    if prepare is not None and (len(lead) == 1 or all(t.is_contiguous() for t in wide)):
-        return keep(runs, key, prepare(lead, *args, **how), quiet)
-    prepare = getattr(run, "prepare", None)
-    flat = (prepare and prepare(*args)) or run
+    args, device_type = (*map(_rows, wide), *narrow), wide[0].device.type
+    run, quiet = _registry.decide(op, backend, strict, device_type, args)
+    run = _prepared(run, wide, args, **how)
+    return keep(runs, key, functools.partial(_outside_autocast, run, device_type) if autocast else run, quiet)
+
+
+def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool) -> Callable:
+    """`run` for every call of this signature, its operands `wide` given as in this one, while `args` has their rows."""
+    lead = wide[0].shape[:-1]
+    prepare, prepare_nd = getattr(run, "prepare", None), getattr(run, "prepare_nd", None)
+    if prepare_nd is not None:
+        direct = len(lead) == 1 or all(t.is_contiguous() for t in wide)
+        made = prepare_nd(lead if direct else args[0].shape[:1], *args, **how)
+        if made is not None and direct:
+            return made
+    else:
+        made = prepare and prepare(*args)
+    flat = made or run
 
     def flattened(*args):
         first, *rest = flat(*map(_rows, args[: len(wide)]), *args[len(wide) :])
         return first.view(*lead, first.shape[1]) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
 
-    return keep(runs, key, flat if len(lead) == 1 else flattened, quiet)
+    return flat if len(lead) == 1 else flattened
 
 
 def keep(runs: dict, key: tuple, run: Callable, quiet: bool) -> Callable:
@@ -128,28 +140,27 @@ class _LoraLinear(torch.autograd.Function):
     """Saves x (not copied), h [M, R] and the 1-bit keep mask."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, call):
-        scaling, dropout_p, seed, backend, strict, run = call  # in one argument, as apply looks at each
+    def forward(ctx, x, lora_a, lora_b, _, call):
+        weight, bias, scaling, dropout_p, seed, backend, strict, run = call  # in one argument, as apply looks at each
         if run is None:
             y, h, mask = _fwd(_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict)
             y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
         else:
             y, h, mask = run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
         ctx.save_for_backward(x, weight, lora_a, lora_b, h, mask)
-        ctx.call = call
+        ctx.numbers = scaling, dropout_p, backend, strict  # no tensors: backward lets go of saved ones alone
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        need_dx, _, need_bias, need_da, need_db, _ = ctx.needs_input_grad
-        scaling, dropout_p, _, backend, strict, _ = ctx.call
-        args = (dy, *ctx.saved_tensors, scaling, dropout_p, backend, strict, need_dx, need_da, need_db)
+        need_dx, need_da, need_db, need_bias, _ = ctx.needs_input_grad
+        args = (dy, *ctx.saved_tensors, *ctx.numbers, need_dx, need_da, need_db)
         dx, da, db = _OnceDifferentiable.apply(*args) if torch.is_grad_enabled() else _grads(*args)
         dbias = _rows(dy).sum(0) if need_bias else None
-        return dx if need_dx else None, None, dbias, da if need_da else None, db if need_db else None, None
+        return dx if need_dx else None, da if need_da else None, db if need_db else None, dbias, None
 
 
-# autograd.Function.apply without its half in Python (3.5 us on Zen 3, benchmarks/bench_host_overhead.py), which serves functorch: on the
+# autograd.Function.apply without its half in Python (3 us on Zen 3, benchmarks/bench_host_overhead.py), which serves functorch: on the
 # lean path no transform is active.
 _apply = super(torch.autograd.Function, _LoraLinear).apply
 
@@ -160,14 +171,16 @@ def _rows(t: Tensor) -> Tensor:
 
 def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
     args = (weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
-    shown = signature(dy, x, weight, lora_a, lora_b, h, mask) if unobserved() else None
-    if shown is None or dy.is_neg():
+    compiling = _is_compiling()
+    autocast = not compiling and any_autocast()
+    shown = None if compiling else unobserved_signature(dy, x, weight, lora_a, lora_b, h, mask)
+    if shown is None:
         dx, da, db = _bwd(_rows(dy), _rows(x), *args, backend, strict)
         return dx.view(x.shape) if need_dx and x.dim() != 2 else dx, da, db
-    key = (shown, dropout_p, need_dx, need_da, need_db, backend, strict, *_device.env_state())
+    key = (shown, dropout_p, need_dx, need_da, need_db, backend, strict, autocast)
     run = _backward_runs.get(key)
     if run is None:
-        run = _remember(_backward_runs, key, _BWD, backend, strict, (dy, x), args)
+        run = _remember(_backward_runs, key, _BWD, backend, strict, autocast, (dy, x), args)
     return run(dy, x, *args)
 
 
@@ -259,13 +272,15 @@ def lora_linear(
     Source: LoRA, arXiv:2106.09685, eq. 3.
     """
     run = key = None
-    grad = torch.is_grad_enabled()
+    grad = _is_grad_enabled()
     trained = grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad))
-    if not unobserved():
+    compiling = _is_compiling()
+    autocast = compiling or any_autocast()
+    if autocast:
         x, weight, bias = _autocast(x, weight, bias)
-    elif (shown := signature(x, weight, lora_a, lora_b, bias)) is not None and not x.is_neg():
-        # type(): True == 1.0, but a bool is no scaling
-        key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, *_device.env_state())
+    shown = None if compiling else unobserved_signature(x, weight, lora_a, lora_b, bias)
+    if shown is not None:
+        key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, autocast)
         run = _forward_runs.get(key)
     if run is None or type(scaling) is not float or scaling - scaling != 0:
         _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
@@ -281,18 +296,24 @@ def lora_linear(
     seed = draw_seed(seed, x.device) if dropout_p > 0 else None
     if key is None:
         refuse_transforms("lora_linear", x, lora_a, lora_b)
-        return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, (scaling, dropout_p, seed, backend, strict, None))
-    if run is None:
-        args = (weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
-        run = _remember(_forward_runs, key, _FWD, backend, strict, (x,), args, trained=trained)
-    if trained:
-        return _apply(x, weight, bias, lora_a, lora_b, (scaling, dropout_p, seed, backend, strict, run))
-    return run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+        apply = _LoraLinear.apply
+    else:
+        if run is None:
+            args = (weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+            run = _remember(_forward_runs, key, _FWD, backend, strict, autocast, (x,), args, trained=trained)
+        if not trained:
+            return run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+        apply = _apply
+    # apply looks at each of its arguments: those without a gradient go in one
+    return apply(x, lora_a, lora_b, bias, (weight, bias, scaling, dropout_p, seed, backend, strict, run))
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under torch.autocast, operands in its dtype, as F.linear takes them."""
-    if not _autocasts(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+    device = x.device.type
+    if not _autocasts(device) or not x.is_floating_point() or x.dtype is torch.float64:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtype = torch.get_autocast_dtype(device)
+    x = x if x.dtype is dtype else x.to(dtype)
+    weight = weight if weight.dtype is dtype else weight.to(dtype)
+    return x, weight, bias if bias is None or bias.dtype is dtype else bias.to(dtype)

@@ -154,6 +154,33 @@ def test_column0_with_one_column_publishes_nothing(force) -> None:
     assert all(not flags.any() for flags in _launch._workspaces.values())
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "h_unwanted"])
+@pytest.mark.parametrize("lead", [(33,), (3, 11)], ids=str)
+@pytest.mark.parametrize("form", ["column0", "tma", "pointer"])
+def test_prepared_calls_of_any_dimensions(form: str, lead: tuple, trained: bool, force) -> None:
+    """What the lean path calls gives the op's bits, with x's own leading dimensions, call after call."""
+    force(form)
+    case = Case(form, "fp16", 33, 72, 40, 8, p=0.0 if form == "column0" else 0.3)
+    seed = torch.tensor([0x123456789ABCDEF]) if case.p else None
+    prepared = prepared_back = None
+    for scale in (1.0, 2.0):
+        t = operands(case)
+        t["x"] *= scale
+        want = run(lora_linear, t, case)
+        args = (t["weight"], t["bias"], t["lora_a"], t["lora_b"], 0.5, case.p, seed)
+        prepared = prepared or lora_linear.lora_linear_fwd.prepare_nd(lead, t["x"], *args, trained=trained)
+        y, h, mask = prepared(t["x"].view(*lead, -1), *args)
+        assert y.shape == (*lead, 72)
+        assert torch.equal(y.view(33, 72), want["y"])
+        if trained:
+            assert torch.equal(h, want["h"])
+            args = (t["weight"], t["lora_a"], t["lora_b"], h, mask, 0.5, case.p, True, True, True)
+            prepared_back = prepared_back or lora_linear.lora_linear_bwd.prepare_nd(lead, t["dy"], t["x"], *args)
+            dx, da, db = prepared_back(t["dy"].view(*lead, -1), t["x"].view(*lead, -1), *args)
+            assert dx.shape == (*lead, 40)
+            assert all(torch.equal(got, want[name]) for got, name in ((dx.view(33, 40), "dx"), (da, "da"), (db, "db")))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 def test_no_rows(p: float) -> None:
     case = Case("tma", "fp16", 0, 24, 40, 8, p=p)

@@ -135,6 +135,50 @@ with torch.no_grad():
 """)
 
 
+def test_leading_dimensions_are_kept_and_cost_no_copy() -> None:
+    """y, dx and the saved x lie as x does; the same launches; without leading dimensions too."""
+    in_own_process("""
+w, a, b = empty(160, 80), empty(16, 80).requires_grad_(), empty(160, 16).requires_grad_()
+for dropout_p in (0.0, 0.25):
+    for lead in ((192,), (2, 96), (3, 2, 32), ()):
+        x = empty(*lead, 80).requires_grad_()
+        for _ in range(2):
+            start = cuda.launches
+            y = lk.lora_linear(x, w, None, a, b, 0.5, dropout_p, backend="triton", strict=True)
+            assert y.shape == (*lead, 160) and y.grad_fn.saved_tensors[0] is x and cuda.launches == start + 1
+            x.grad = None
+            y.backward(torch.zeros_like(y))
+            assert x.grad.shape == x.shape and a.grad.shape == a.shape and b.grad.shape == b.shape
+            with torch.no_grad():
+                assert lk.lora_linear(x, w, None, a, b, 0.5, dropout_p, backend="triton", strict=True).shape == y.shape
+    x = empty(80, 2, 96).permute(1, 2, 0)  # not contiguous: read as rows
+    assert lk.lora_linear(x, w, None, a, b, 0.5, backend="triton", strict=True).shape == (2, 96, 160)
+""")
+
+
+def test_h_is_shared_only_where_nobody_wants_it() -> None:
+    """Without gradients calls of one signature write h to the same memory, up to 32 KiB and one launch; a training call's h is its own."""
+    in_own_process("""
+seen, launch = [], lora_linear.Column0.__call__
+def watched(self, stream, x, w, bias, a, b, y, h, scale):
+    seen.append((y, h))  # alive
+    launch(self, stream, x, w, bias, a, b, y, h, scale)
+lora_linear.Column0.__call__ = watched
+w, a, b = empty(160, 80), empty(16, 80), empty(160, 16)
+def call(M, n=3):
+    seen.clear()
+    for _ in range(n):
+        lk.lora_linear(empty(M, 80), w, None, a, b, 0.5, backend="triton", strict=True)
+    assert len({y.data_ptr() for y, _ in seen}) == n
+    return len({h.data_ptr() for _, h in seen})
+with torch.no_grad():
+    assert call(1024) == 1 and call(1032) == 3
+    assert call(64) == 1
+a.requires_grad_()
+assert call(64) == 3
+""")
+
+
 def test_serving_calls_launch_once_and_nothing_more() -> None:
     """`lora_batched_linear` with shared metadata: q/k/v in one launch; a decode step needs no other."""
     in_own_process("""

@@ -172,8 +172,9 @@ def cases(device: str, quick: bool) -> list[Case]:
     layers = [(4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336)]
     grid = [Case(M, N, K, L, R) for R in (16, 64) for N, K in layers for M in (1, 16, 64, 256) for L in sorted({1, min(8, M), M})]
     grid += [Case(8192, N, K, 8, R, segments=True) for N, K in layers[1:] for R in (16, 64)]
-    # Scattered rows: the worst for tiles of rows as they lie (up to 16 adapters), what the gather form is for (beyond).
-    grid += [Case(8192, 4096, 4096, L, 16) for L in (8, 16, 17, 64)]
+    # Prompts of 128 tokens; and scattered rows, the worst for tiles of rows as they lie: 500 adapters are too many for those here, rows are gathered.
+    grid += [Case(8192, 4096, 4096, 64, 16, segments=True)]
+    grid += [Case(8192, 4096, 4096, L, 16) for L in (8, 16, 64, 500)]
     return [*named, *(case for case in grid if case not in named)]
 
 

@@ -1,4 +1,4 @@
-"""A plain-Python model of the decode kernel's counters (kernels/batched_decode.py), run under hostile schedules.
+"""Plain-Python models of the counters of decode (kernels/batched_decode.py) and prefill (kernels/batched_tma.py) under hostile schedules.
 
 Each program is a generator that stops after every access to shared memory; a scheduler picks who goes on, with as few programs resident as it
 likes. Memory is sequentially consistent here: what the model shows is counting, waiting and resetting; the ordering of plain loads and stores
@@ -148,3 +148,88 @@ def test_the_model_sees_a_wait_on_work_that_cannot_run():
 def test_the_model_sees_an_early_reset():
     with pytest.raises(AssertionError):
         run_launches(20, 3, early_reset=True)
+
+
+@dataclass
+class Prefill:
+    """One launch of the TMA prefill that computes h itself: `helpers` of the programs take units first, `items` are the tiles."""
+
+    sync: list[int]
+    programs: int
+    helpers: int
+    items: int
+    units: int
+    last_help: bool = False  # the fault a single resident program must expose
+    early_reset: bool = False  # the fault a second launch must expose
+    stored: Counter = field(default_factory=Counter)
+    h: Counter = field(default_factory=Counter)
+
+    def add(self, at: int, n: int = 1) -> int:
+        self.sync[at] += n
+        return self.sync[at] - n
+
+    def program(self):
+        ticket = self.add(0)
+        yield
+        if ticket >= self.programs - self.helpers if self.last_help else ticket < self.helpers:
+            u = self.add(1)
+            yield
+            while u < self.units:
+                self.h[u] += 1
+                yield
+                self.add(2)
+                yield
+                u = self.add(1)
+                yield
+        done = 0
+        for item in range(self.programs - 1 - ticket, self.items, self.programs):
+            yield
+            while done < self.units:
+                done = self.sync[2]
+                yield WAIT if done < self.units else None
+            assert sum(self.h.values()) == self.units, "h read before it was stored"
+            self.stored[item] += 1
+            yield
+        if self.add(3) == (0 if self.early_reset else self.programs - 1):
+            for at in range(4):
+                self.sync[at] = 0
+                yield
+
+    def run(self, resident: int, rng: random.Random) -> None:
+        """At most `resident` programs at a time, stepped in an arbitrary order; which program comes first does not matter: tickets are drawn."""
+        waiting, running, idle = self.programs, [], 0
+        while waiting or running:
+            while waiting and len(running) < resident:
+                running.append(self.program())
+                waiting -= 1
+            program = rng.choice(running)
+            try:
+                idle = idle + 1 if next(program) is WAIT else 0
+            except StopIteration:
+                running.remove(program)
+                idle = 0
+            if idle > 60 * len(running):
+                raise Stuck(f"{len(running)} programs wait, {waiting} have not started")
+        assert self.h == Counter(range(self.units))
+        assert self.stored == Counter(range(self.items))
+        assert not any(self.sync), f"counters left behind: {self.sync}"
+
+
+def run_prefill(seeds: int, resident: int, **faults) -> None:
+    for seed in range(seeds):
+        rng, sync = random.Random(seed), [0] * 4
+        for _ in range(3):
+            programs = rng.randint(2, 6)
+            items = rng.choice([n for n in range(1, 20) if n % programs])
+            Prefill(sync, programs, -items % programs, items, rng.choice([0, 1, 7]), **faults).run(resident, rng)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 5, 1000])
+def test_prefill_every_tile_after_all_units_nobody_stuck_all_counters_back(resident):
+    run_prefill(60, resident)
+
+
+@pytest.mark.parametrize(("fault", "resident", "seen"), [("last_help", 1, Stuck), ("early_reset", 3, AssertionError)])
+def test_the_model_of_prefill_sees_faults(fault, resident, seen):
+    with pytest.raises(seen):
+        run_prefill(20, resident, **{fault: True})

@@ -48,10 +48,10 @@ def _biases(biases: list[Tensor | None]) -> Pointers | None:
     return None if biases[0] is None else Pointers([b.contiguous() for b in biases])
 
 
-def _tiles(x, y, h, weights, biases, pools_b, ranks, block, batch_invariant=False, masked=False) -> TmaTiles | Tiles:
-    """The form of base + update that serves the call."""
+def _tiles(x, y, h, weights, biases, pools_b, ranks, block, batch_invariant=False, masked=False, shrink=()) -> TmaTiles | Tiles:
+    """The form of base + update that serves the call; `shrink`, A, scalings and packing, for a form that can compute h itself."""
     if tma_serves(x, y, weights, pools_b, arch(x.device), batch_invariant):
-        return TmaTiles(x, y, h, weights, biases, pools_b, ranks, masked)
+        return TmaTiles(x, y, h, weights, biases, pools_b, ranks, block, masked, *shrink)
     return Tiles(plan(x.dtype, x.shape[1], arch(x.device), True, batch_invariant), x, y, h, weights, biases, pools_b, ranks, block, masked)
 
 
@@ -78,8 +78,9 @@ class Forward:
             if self.keep is None and decodes(M, block, batch_invariant, w, a, b):
                 decode = Decode(x, yg, hg, w, bias, a, b, r, s, block, rank_packed)
             else:
-                shrink = MaskedShrink(x, a, hg, r, s, block, rank_packed) if self.keep else Shrink(x, a, hg, r, s, block, rank_packed, 1)
-                tiles = _tiles(x, yg, hg, w, bias, b, r, block, batch_invariant)
+                tiles = _tiles(x, yg, hg, w, bias, b, r, block, batch_invariant, shrink=() if self.keep else (a, s, rank_packed))
+                if not tiles.own_h:
+                    shrink = MaskedShrink(x, a, hg, r, s, block, rank_packed) if self.keep else Shrink(x, a, hg, r, s, block, rank_packed, 1)
             self.runs.append((run, columns, decode, shrink, tiles))
 
     def __call__(self, stream, x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table):
@@ -96,8 +97,9 @@ class Forward:
             if decode is not None:
                 decode(stream, x, yg, hg, w, _biases(bs), a, b, r, s, table)
             else:
-                shrink(stream, x, a, hg, r, s, table, *dropped)
-                tiles(stream, x, yg, hg, w, _biases(bs), b, r, ids, table)
+                if shrink is not None:
+                    shrink(stream, x, a, hg, r, s, table, *dropped)
+                tiles(stream, x, yg, hg, w, _biases(bs), b, r, ids, table, pools_a=a, scalings=s)
         return y, h, mask
 
 
@@ -112,8 +114,9 @@ class Backward:
         for i, dyi in enumerate(dy.split(self.widths, 1)):
             run = slice(i, i + 1)
             r, s, b_t, a_t = _cut(ranks, run), _cut(scalings, run), pools_b[i].transpose(1, 2), pools_a[i].transpose(1, 2)
-            shrink = Shrink(dyi, [b_t], h[run], r, s, block, False, 1) if need_dx or need_da else None
-            tiles = _tiles(dyi, dx, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked) if need_dx else None
+            tiles = _tiles(dyi, dx, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked, shrink=([b_t], s)) if need_dx else None
+            own = tiles is not None and tiles.own_h
+            shrink = Shrink(dyi, [b_t], h[run], r, s, block, False, 1) if (need_dx or need_da) and not own else None
             da = SegmentReduce(x, R, L, r, block, False, masked) if need_da else None
             db = SegmentReduce(dyi, R, L, r, block, True) if need_db else None
             self.slices.append((run, shrink, tiles, da, db))
@@ -126,12 +129,12 @@ class Backward:
         dbs = [p.new_zeros(p.shape) for p in pools_b] if need_db else []
         g = torch.empty_like(h)
         for i, (dyi, (run, shrink, tiles, da, db)) in enumerate(zip(dy.split(self.widths, 1), self.slices, strict=True)):
-            r, s = _cut(ranks, run), _cut(scalings, run)
+            r, s, b_t, a_t = _cut(ranks, run), _cut(scalings, run), [pools_b[i].transpose(1, 2)], [pools_a[i].transpose(1, 2)]
             if shrink is not None:
-                shrink(stream, dyi, [pools_b[i].transpose(1, 2)], g[run], r, s, table)
+                shrink(stream, dyi, b_t, g[run], r, s, table)
             if tiles is not None:
                 part = torch.empty_like(dx) if i else dx
-                tiles(stream, dyi, part, g[run], [weights[i].t()], None, [pools_a[i].transpose(1, 2)], r, ids, table, *dropped)
+                tiles(stream, dyi, part, g[run], [weights[i].t()], None, a_t, r, ids, table, *dropped, pools_a=b_t, scalings=s)
                 if i:
                     dx += part
             if da is not None:

@@ -22,6 +22,7 @@ UNSPECIALISED = [
     "ssc",
     "max_groups",
     "tiles",
+    "helpers",
     "o_order",
     "o_seg_of",
     "o_seg_start",

@@ -139,6 +139,8 @@ def plan(dtype: torch.dtype, K: int, arch: int, base: bool, batch_invariant: boo
 class Tiles:
     """Launches y from x, or y += the update where `weights` is empty, for one call signature. Slices as in `batched_decode.Decode`."""
 
+    own_h = False
+
     def __init__(self, plan: Plan, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, block: int, masked: bool = False):
         (M, K), S, R, b = x.shape, len(pools_b), h.shape[2], pools_b[0]
         at = _batch_table.layout(M, b.shape[0], block)
@@ -152,6 +154,8 @@ class Tiles:
         constants |= {"BASE": self.base, "HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "MASKED": masked}
         self.launch = Launcher(batched_linear_kernel, (tiles,), (), ints, plan.warps, plan.stages, **constants, PREC=precision(x.dtype))
 
-    def __call__(self, stream: int, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, ids, table: Tensor, mask=None, p=None) -> None:
+    def __call__(
+        self, stream: int, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, ids, table: Tensor, mask=None, p=None, **_
+    ) -> None:
         bs = Pointers(pools_b)
         self.launch(stream, (), (x, y, h, table, ranks, mask, p, Pointers(weights) if self.base else bs, biases, bs))

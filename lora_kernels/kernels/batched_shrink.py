@@ -81,7 +81,7 @@ def h_block(
     u, x_ptr, h_ptr, table_ptr, ranks_ptr, scalings_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
     o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks,
     S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr,
-    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+    HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Unit u of blocks * RC: h[:, rows of a block, BR columns], x read once for all slices."""
     block = u % blocks
@@ -105,7 +105,7 @@ def h_block(
         acc0 = tl.zeros((TB, BR), tl.float32)
         acc1 = acc0
         acc2 = acc0
-        for k in range(0, K, BK):
+        for k in tl.range(0, K, BK, num_stages=STAGES):
             rk = k + tl.arange(0, BK)
             x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=live[:, None] & (rk[None, :] < K), other=0.0)
             acc0 = h_step(acc0, x, as_[0] + first, rr, rk, K, rank0, sar, sak, PREC)
@@ -141,13 +141,20 @@ def shrink_kernel(
         if u < blocks * RC:
             h_block(
                 u, x_ptr, h_ptr, table_ptr, ranks_ptr, scalings_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
-                o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, S, BK, BR, TB, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
+                o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, S, BK, BR, TB, HAS_RANKS, HAS_SCALINGS, PACKED, PREC, 3,
             )  # fmt: skip
     elif u < blocks * S * RC * KC:
         h_unit(
             u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
             o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
         )  # fmt: skip
+
+
+def h_steps(x: Tensor, pools_a: list[Tensor], R: int, parts: int) -> tuple[int, int]:
+    """(BK, BR) of the units of h."""
+    together, short = parts == 1 and len(pools_a) > 1, x.element_size() == 4 or x.shape[1] % 8 != 0
+    BK = 32 if short else 128 if pools_a[0].dtype == x.dtype and not together else 64
+    return BK, min(rank_chunk(R), 32) if together and short else rank_chunk(R)  # an accumulator and a tile of A for each slice: 64 ranks spill
 
 
 class Shrink:
@@ -158,11 +165,7 @@ class Shrink:
 
     def __init__(self, x: Tensor, pools_a: list[Tensor], h: Tensor, ranks, scalings, block: int, packed: bool, parts: int):
         (M, K), S, R, a = x.shape, len(pools_a), h.shape[2], pools_a[0]
-        at, BR = _batch_table.layout(M, a.shape[0], block), rank_chunk(R)
-        together, short = parts == 1 and S > 1, x.element_size() == 4 or K % 8 != 0
-        BK = 32 if short else 128 if a.dtype == x.dtype and not together else 64
-        if together and short:
-            BR = min(BR, 32)  # an accumulator and a tile of A for each slice: 64 ranks spill
+        at, together, (BK, BR) = _batch_table.layout(M, a.shape[0], block), parts == 1 and S > 1, h_steps(x, pools_a, R, parts)
         RC = triton.cdiv(R, BR)
         groups = at.max_blocks * RC * (S if parts > 1 else 1)
         self.parts = groups * parts * block * BR if parts > 1 else 0

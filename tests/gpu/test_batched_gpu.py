@@ -49,6 +49,7 @@ LLAMA = {
     "down-M256": dict(ids=ids_of(256, 8), Ns=[4096], K=14336, R=16, L=8),
     "o-M256-distinct": dict(ids=list(range(256)), Ns=[4096], K=4096, R=16, L=256),
     "qkv-M8192-segments": dict(ids=[m // 1024 for m in range(8192)], Ns=[4096, 1024, 1024], K=4096, R=64, L=8),
+    "qkv-M8192-prompts": dict(ids=[m // 100 for m in range(8192)], Ns=[4096, 1024, 1024], K=4096, R=16, L=82, ranks="mixed"),
     "down-M2048-shuffled": dict(ids=ids_of(2048, 8), Ns=[4096], K=14336, R=16, L=8, ranks="mixed"),
     "o-M2048-gathered": dict(ids=ids_of(2048, 200), Ns=[4096], K=4096, R=16, L=200),
 }

@@ -30,39 +30,45 @@ CASES = {
     "bf16-full_blocks": dict(ids=[0] * 33 + [1] * 16, Ns=[40], K=64, R=16, L=2, dtype=bf16),
     "bf16-parts_of_K": dict(ids=MIXED, Ns=[40], K=1032, R=16, L=5, dtype=bf16),
     "bf16-wide_tiles": dict(ids=MIXED * 9, Ns=[264, 504, 48], K=72, R=80, L=5, dtype=bf16, ranks="mixed"),
+    "bf16-two_wide_slices": dict(ids=MIXED * 9, Ns=[264, 40], K=72, R=80, L=5, dtype=bf16, ranks="mixed"),
+    "fp16-one_slice": dict(ids=MIXED, Ns=[136], K=264, R=20, L=5, dtype=fp16, ranks="mixed", bias=False),
+    "bf16-many_in_a_tile": dict(ids=[m * 7 % 41 - 1 if m < 128 else 40 + m // 64 for m in range(2050)], Ns=[24], K=16, R=8, L=80, dtype=bf16),
 }
 TMA = [name for name in CASES if not name.startswith("fp32") and name != "bf16-parts_of_K"]
+OWN_H = [name for name in TMA if "pools" not in name and name != "bf16-wide_tiles"]
 
 
 @contextlib.contextmanager
 def form_of(form: str):
-    """Calls within take this form of prefill; "tma" must be the one that they would take anyway."""
-    serves, tiles = batched.tma_serves, batched.TmaTiles
+    """Calls within take this form of prefill; "tma" and "own_h" (h in the same launch) must be what they would take anyway."""
+    serves, tiles, programs = batched.tma_serves, batched.TmaTiles, _launch.PROGRAMS
     made = []
     if form == "gather":
         batched.tma_serves = lambda *args: False
-    elif form == "tma":
+    elif form in ("tma", "own_h"):
+        _launch.PROGRAMS = 5 if form == "own_h" else 1  # alone, a program has as many tiles as any other, and h gets its own launch
         batched.TmaTiles = lambda *args: made.append(tiles(*args)) or made[-1]
     batched._prepared.clear()
     try:
         yield
-        assert made or form != "tma", "gathered after all"
+        assert bool(made) == (form in ("tma", "own_h")), "gathered after all"
+        assert all(t.own_h == (form == "own_h") for t in made)
     finally:
-        batched.tma_serves, batched.TmaTiles = serves, tiles
+        batched.tma_serves, batched.TmaTiles, _launch.PROGRAMS = serves, tiles, programs
         batched._prepared.clear()
 
 
 def forward(b: Batch, form: str, packed: bool = False):
     invariant = form == "invariant"
-    table, block = b.table(invariant, 64 if form in ("tma", "gather") else None)
+    table, block = b.table(invariant, 64 if form in ("tma", "own_h", "gather") else None)
     with form_of(form):
         y, h, _ = batched.lora_batched_fwd(*b.base, b.ranks, b.scalings, None, None, table, block, packed, invariant)
     assert all(not flags.any() for flags in _launch._workspaces.values()), "counters left behind"
     return y, h
 
 
-ONLY = {"bf16-parts_of_K": ["decode"], "bf16-wide_tiles": ["tma"]}
-FORMS = [(n, f) for n in CASES for f in ONLY.get(n, ["decode", "gather", "invariant"] + ["tma"] * (n in TMA))]
+ONLY = {"bf16-parts_of_K": ["decode"], "bf16-wide_tiles": ["tma"], "bf16-two_wide_slices": ["tma", "own_h"], "bf16-many_in_a_tile": ["tma"]}
+FORMS = [(n, f) for n in CASES for f in ONLY.get(n, ["decode", "gather", "invariant"] + ["tma"] * (n in TMA) + ["own_h"] * (n in OWN_H))]
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
@@ -71,7 +77,7 @@ def test_forward(name, form):
     b.assert_close(forward(b, form)[0])
 
 
-@pytest.mark.parametrize("form", ["decode", "gather", "tma"])
+@pytest.mark.parametrize("form", ["decode", "gather", "tma", "own_h"])
 def test_row_bits_ignore_neighbours(form):
     """Row 4 keeps its bits when the others change adapter, rank and content, even to NaN and infinity."""
     b = Batch.random(ids=MIXED, Ns=[72], K=200, R=24, L=5, dtype=bf16, ranks=[24, 3, 9, 24, 0])
@@ -113,7 +119,7 @@ def test_rank_packed_slices():
     for slot, r in enumerate(b.ranks[0].tolist()):
         for i in range(2):
             pool[slot, i * r : (i + 1) * r] = b.pools_a[i][slot, :r]
-    for form in ("decode", "gather"):
+    for form in ("decode", "gather", "own_h"):
         y, _ = forward(b.replace(pools_a=[pool, pool]), form, packed=True)
         assert torch.equal(y, forward(b, form)[0])
 
@@ -135,12 +141,12 @@ def test_shrink_and_expand(name):
     assert torch.equal(y[none], before[none])
 
 
-def gradients(ops, b: Batch, dy, p=None, dtype=None) -> dict:
+def gradients(ops, b: Batch, dy, p=None, dtype=None, block=None) -> dict:
     """y, keep mask, dx, and dA and dB per slice, by the reference or by the kernels."""
     dtype = dtype or b.x.dtype
     cast = lambda ts: [None if t is None else t.to(dtype) for t in ts]
     x, w, bias, pools_a, pools_b = b.x.to(dtype), cast(b.weights), cast(b.biases), cast(b.pools_a), cast(b.pools_b)
-    (table, block), seed = b.table(), torch.tensor([0x123456789ABCDEF])
+    (table, block), seed = b.table(block=block), torch.tensor([0x123456789ABCDEF])
     y, h, mask = ops.lora_batched_fwd(x, w, bias, pools_a, pools_b, b.ids, b.ranks, b.scalings, p, seed, table, block, False, False)
     args = (dy.to(dtype), x, w, pools_a, pools_b, h, mask, b.ids, b.ranks, b.scalings, p, table, block, True, True, True)
     dx, da, db = ops.lora_batched_bwd(*args)
@@ -150,6 +156,7 @@ def gradients(ops, b: Batch, dy, p=None, dtype=None) -> dict:
 BACKWARD = [
     ("bf16-mixed_ranks", "tma", False),
     ("bf16-mixed_ranks", "tma", True),
+    ("bf16-mixed_ranks", "own_h", False),
     ("bf16-mixed_ranks", "gather", True),
     ("fp16-two_slices-fp32_pools-no_bias", "", True),
     ("fp32-odd", "", False),
@@ -161,8 +168,8 @@ def test_backward(name, form, dropout):
     b = Batch.random(**CASES[name])
     p = torch.tensor([0.3, 0.0, 0.5, 1.0, 0.05][: b.pools_a[0].shape[0]]) if dropout else None
     dy = torch.randn(len(b.ids), sum(w.shape[0] for w in b.weights)).to(b.x.dtype)
-    with form_of(form):
-        got = gradients(batched, b, dy, p)
+    with form_of(form) if form else contextlib.nullcontext():
+        got = gradients(batched, b, dy, p, block=64 if form else None)
     eager, exact = gradients(reference_batched, b, dy, p), gradients(reference_batched, b, dy, p, torch.float64)
     assert torch.equal(got["mask"], exact["mask"])
     for what in got:

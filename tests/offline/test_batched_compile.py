@@ -32,23 +32,26 @@ class Call:
     pool_dtype: torch.dtype | None = None
     invariant: bool = False
     dropout: bool = False
+    bare: bool = False  # no bias, all ranks full, no scalings
     arch: int = 0
 
     def __str__(self) -> str:
         dtypes = str(self.dtype)[6:] + (f"-{str(self.pool_dtype)[6:]}_pools" if self.pool_dtype else "")
-        options = "-invariant" * self.invariant + "-dropout" * self.dropout
+        options = "-bare" * self.bare + "-invariant" * self.invariant + "-dropout" * self.dropout
         return f"{self.op}-M{self.M}-N{'+'.join(map(str, self.Ns))}-K{self.K}-R{self.R}-L{self.L}-{dtypes}{options}"
 
     def call(self) -> None:
         M, K, R, L, S = self.M, self.K, self.R, self.L, len(self.Ns)
         empty = functools.partial(torch.empty, device="meta", dtype=self.dtype)
         pool = functools.partial(torch.empty, device="meta", dtype=self.pool_dtype or self.dtype)
-        x, ws, biases = empty(M, K), [empty(N, K) for N in self.Ns], [empty(N) for N in self.Ns]
+        x, ws, biases = empty(M, K), [empty(N, K) for N in self.Ns], [None if self.bare else empty(N) for N in self.Ns]
         pools_a, pools_b = [pool(L, R, K) for _ in self.Ns], [pool(L, N, R) for N in self.Ns]
         block = _batch_table.default_block(M, self.invariant)
         table = torch.empty(_batch_table.layout(M, L, block).size, dtype=torch.int32, device="meta")
         ids, ranks, scalings = table[:M], torch.empty(S, L, dtype=torch.int32, device="meta"), torch.empty(S, L, device="meta")
         p, seed = (scalings[0], torch.empty(1, dtype=torch.int64, device="meta")) if self.dropout else (None, None)
+        if self.bare:
+            ranks = scalings = None
         if self.op == "table":
             batched_table.build(ids, L, block, table)
         elif self.op == "shrink_expand":
@@ -69,7 +72,11 @@ LLAMA = [Call("forward", M, R=R) for M, R in ((1, 16), (16, 64), (256, 64))] + [
     Call("forward", 8192, R=16),
     Call("forward", 8192, R=64),
     Call("forward", 8192, (14336, 14336), R=32),
-    Call("forward", 8192, R=64, L=100),
+    Call("forward", 8192, R=64, L=1000),
+    Call("forward", 8192, R=64, bare=True),
+    Call("forward", 8192, R=64, pool_dtype=fp32, bare=True),
+    Call("forward", 8192, (4096, 1024, 1024), R=32),
+    Call("forward", 8192, (4096, 1024, 1024), R=64),
 ]
 OTHERS = [
     Call("table", 256, L=64),
@@ -109,20 +116,32 @@ def test_slices_share_one_read_of_x() -> None:
     """The shrink of q/k/v in prefill has the programs of one slice: each reads its rows once."""
 
     def programs(Ns) -> int:
-        call = Call("forward", 8192, Ns, arch=90)
+        call = Call("forward", 8192, Ns, arch=80)
         return next(launcher.grid[0] for launcher, _ in offline.record(call.arch, call.call) if launcher.fn.__name__ == "shrink_kernel")
 
     assert programs((4096, 1024, 1024)) == programs((4096,)) == 8192 // 64 + 8
 
 
+def kernels(**changes) -> set[str]:
+    """What an sm_90 launches for 8192 rows of 4096 x 4096 with 8 adapters, changed so."""
+    call = replace(Call("forward", 8192, arch=90), **changes)
+    return {launcher.fn.__name__ for launcher, _ in offline.record(call.arch, call.call)}
+
+
 def test_prefill_takes_the_form_that_static_facts_name() -> None:
-    """TMA on Hopper and up for up to 16 adapters, else gathered rows: never by the mix, which is not known here."""
+    """TMA on Hopper and up for up to 16 adapters, and for as many more as the rows bear; else gathered rows: never by the mix, not known here."""
+    for tma in ({}, dict(Ns=(4096, 1000, 1000)), dict(L=449), dict(M=300, L=16), dict(M=2048, L=113)):
+        assert "segmented_tma_kernel" in kernels(**tma), tma
+    gathered = [dict(arch=80), dict(dtype=fp32), dict(K=4095), dict(Ns=(4096, 1001, 1001)), dict(invariant=True)]
+    for changes in [*gathered, dict(L=450), dict(M=2047, L=17), dict(M=2048, L=114)]:
+        assert kernels(**changes) == {"shrink_kernel", "batched_linear_kernel"}, changes
 
-    def kernels(**changes) -> set[str]:
-        call = replace(Call("forward", 8192, arch=90), **changes)
-        return {launcher.fn.__name__ for launcher, _ in offline.record(call.arch, call.call)}
 
-    assert kernels() == {"shrink_kernel", "segmented_tma_kernel"}
-    assert kernels(Ns=(4096, 1000, 1000)) == {"shrink_kernel", "segmented_tma_kernel"}
-    for gathered in (dict(arch=80), dict(L=17), dict(dtype=fp32), dict(K=4095), dict(Ns=(4096, 1001, 1001)), dict(invariant=True)):
-        assert kernels(**gathered) == {"shrink_kernel", "batched_linear_kernel"}, gathered
+def test_h_has_no_launch_where_programs_are_spare() -> None:
+    """1024 tiles leave 32 of 132 programs a tile less; 1056 leave none; 65 adapters may make more blocks than 32 programs get through."""
+    alone = {"segmented_tma_kernel"}
+    for spare in ({}, dict(R=64), dict(L=64), dict(Ns=(14336, 14336)), dict(Ns=(4096, 1024, 1024), R=32), dict(M=4096)):
+        assert kernels(**spare) == alone, spare
+    for none in (dict(M=8448), dict(L=65), dict(pool_dtype=fp32), dict(Ns=(4096, 1024, 1024), R=64)):
+        assert kernels(**none) == alone | {"shrink_kernel"}, none
+    assert kernels(dropout=True) == alone | {"keep_kernel", "masked_shrink_kernel"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,22 @@ print(_registry.provider("cpu"))
     assert done.returncode == 0, done.stderr
     assert "the native module is not built" in done.stdout
     assert "fix:" in done.stdout
+
+
+def test_a_source_distribution_holds_the_sources_and_builds(tmp_path):
+    here, there = ROOT, tmp_path / "tree"
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "lora_kernels/_version.py", "lora_kernels/tuning"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (here / name).is_dir() else shutil.copy
+        copy(here / name, there / name)
+    build = "import setuptools.build_meta as backend; print(backend.build_{}('{}'))"
+    subprocess.run([sys.executable, "-c", build.format("sdist", tmp_path)], cwd=there, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    sources = {path.relative_to(there) for path in (there / "csrc").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert sources
+    assert not [path for path in sources if not (root / path).is_file()]
+    without = os.environ | {"CC": "/nonexistent", "CXX": "/nonexistent"}
+    subprocess.run([sys.executable, "-c", build.format("wheel", tmp_path)], cwd=root, env=without, check=True, capture_output=True)
+    assert list(tmp_path.glob("*.whl"))

@@ -219,6 +219,30 @@ def test_cpu_lora_linear(benchmark, row, trained) -> None:
     run(benchmark, lambda: lk.lora_linear(x, weight, None, a, b, 0.5, backend="cpu", strict=True))
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["no_gradient", "autograd"])
+@pytest.mark.parametrize("kind", ["f_linear_layer", "LoraLinear", "peft", "peft_patched", "peft_patched_looks_anew"])
+def test_cpu_layer(benchmark, monkeypatch, row, kind, trained) -> None:
+    """A layer of 8 x 8 with rank 4 called as a module: what a step pays per layer."""
+    if kind == "f_linear_layer":
+        layer = torch.nn.Linear(8, 8).requires_grad_(False)
+    elif kind == "LoraLinear":
+        layer = lk.LoraLinear(8, 8, r=4)
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), peft.LoraConfig(r=4, target_modules=["0"]))
+        layer = model.base_model.model[0]
+        if kind != "peft":
+            lk.patch(model)
+        if kind == "peft_patched_looks_anew":
+            from lora_kernels.integrations import peft_layer
+
+            monkeypatch.setattr(peft_layer.Seen, "holds", lambda *_: False)
+            monkeypatch.setattr(peft_layer, "_keep_verdict", lambda *_: None)
+    x = row[0].clone().requires_grad_(trained)
+    with torch.set_grad_enabled(trained):
+        run(benchmark, lambda: layer(x))
+
+
 @pytest.mark.parametrize("lean", [True, False], ids=["lean", "checks_and_dispatcher"])
 def test_cpu_lora_batched_linear(benchmark, monkeypatch, row, lean) -> None:
     x, weight, a, b, meta = row

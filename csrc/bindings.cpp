@@ -155,7 +155,7 @@ void bind_cuda(py::module_& m);  // csrc/cuda
 #endif
 
 PYBIND11_MODULE(_C, m) {
-  if (!bind_tensors(m.ptr())) throw py::error_already_set();
+  if (!bind_tensors(m.ptr()) || !bind_state(m.ptr())) throw py::error_already_set();
   m.def("cpu_linear_fwd", &cpu_linear_fwd);
   m.def("cpu_linear_bwd", &cpu_linear_bwd);
   m.def("cpu_dropout_mask", &cpu_dropout_mask);

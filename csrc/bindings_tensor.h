@@ -39,3 +39,6 @@ class Operand : dlpack::Tensor {
 
 // Adds `use_exchange`, `signature` and `addresses`; false with a Python error set.
 bool bind_tensors(PyObject* module);
+
+// Adds `unchanged`; likewise.
+bool bind_state(PyObject* module);

@@ -100,6 +100,7 @@ def unpatch(model: nn.Module) -> int:
     layers = [module for module in model.modules() if type(module) is fused]
     for layer in layers:
         layer.__dict__.pop("_lora_kernels", None)
+        layer.__dict__.pop(_layer_module()._SEEN, None)
         layer.__class__ = fused.__base__
     return len(layers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import _device
 from .._checks import DTYPES
 from .._errors import BackendError, message, warn_once
-from ..ops.lora_linear import lora_linear
+from ..native.signature import unobserved_signature
+from ..native.state import snapshot, unchanged
+from ..ops.lora_linear import any_autocast, lora_linear
 
 DISABLED = "adapters disabled"
 MERGED = "adapter merged into the base weight"
@@ -20,22 +23,30 @@ INACTIVE = "no active adapter on this layer"
 NOTHING_TO_FUSE = (DISABLED, MERGED, INACTIVE)  # the base layer runs alone: asked for by the user, so neither logged nor refused
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+_SEEN = "_lora_kernels_seen"  # the attribute that holds a layer's `Seen`
+_MAX_INPUTS = 1024
 
 
 class FusedLinear(Linear):
     """`peft.tuners.lora.layer.Linear` whose plain case is one call of `lora_linear`; every other case is PEFT's own forward.
 
     It adds no state and no submodule and overrides only `forward` (and keeps its name in repr), so keys, saving, merging, adapter
-    switching, copying and pickling are PEFT's. What is plain is decided anew on every call, so adapters may come, go, merge and change at any time.
+    switching, copying and pickling are PEFT's. What is plain is decided anew wherever anything of the layer or its parts has changed since
+    the last call, so adapters may come, go, merge and change at any time.
     """
 
     _lora_kernels = ("auto", False)  # (backend, strict); an instance attribute where `patch` was given others
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         reason = "extra arguments to forward" if args or kwargs else None
-        if reason is None:
+        seen = None if reason or torch.compiler.is_compiling() else self.__dict__.get(_SEEN)
+        if seen is not None and seen.holds(self, x):
+            found = seen.operands
+        elif reason is None:
             found = plain_operands(self)
             reason = found if isinstance(found, str) else input_refused(self, x, found)
+            if reason is None and not torch.compiler.is_compiling():
+                _keep_verdict(self, x, found)
         if reason is not None:
             _left_to_peft(reason, self._lora_kernels[1])
             return super().forward(x, *args, **kwargs)
@@ -47,6 +58,63 @@ class FusedLinear(Linear):
 
     def _get_name(self) -> str:
         return Linear.__name__
+
+
+class Seen:
+    """A layer's operands, what the verdict "plain" stands on, and the inputs that were found to fit: kept by the layer itself.
+
+    A copy of the layer, or one out of a pickle, looks for itself.
+    """
+
+    __slots__ = ("inputs", "operands", "state")
+
+    def __init__(self, operands: Operands):
+        self.operands = operands
+        self.state: tuple | None = None  # taken at the second look, as a state that changes with every call is not worth it
+        self.inputs: set = set()
+
+    def __reduce__(self):
+        return _unseen, ()
+
+    def holds(self, layer: Linear, x: Tensor) -> bool:
+        """Whether the verdict on the layer and on this input is still good: all that `plain_operands` and `input_refused` look at."""
+        if self.state is None or not unchanged(self.state, layer) or _has_any_global_hook() or torch.jit.is_tracing():
+            return False
+        if self.operands.weight.requires_grad and torch.is_grad_enabled():
+            return False
+        return _input_key(x, self.operands) in self.inputs
+
+
+def _unseen() -> None:
+    return None
+
+
+def _input_key(x: Tensor, found: Operands) -> Hashable | None:
+    """All that `input_refused` looks at but the layer's own attributes and global hooks; None where it must look each time."""
+    key = unobserved_signature(x, found.weight, found.lora_a, found.lora_b, found.bias)
+    if key is None or not any_autocast():
+        return key
+    device = x.device.type
+    return key, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _keep_verdict(layer: Linear, x: Tensor, found: Operands) -> None:
+    """Remember that the layer in its present state and this input are plain."""
+    seen, adapters = layer.__dict__.get(_SEEN), layer.active_adapters
+    if seen is None or any(now is not then for now, then in zip(found, seen.operands, strict=True)):
+        layer.__dict__[_SEEN] = Seen(found)
+        return
+    if len(adapters) != 1:  # which of them are on this layer may change unseen
+        return
+    if seen.state is None or not unchanged(seen.state, layer):
+        modules = layer._modules
+        containers = [modules["lora_A"], modules["lora_B"], modules["lora_dropout"]]
+        parts = [modules["base_layer"], *(c._modules[adapters[0]] for c in containers)]
+        seen.state = snapshot(layer, (*containers, *parts), [t for t in found[:5] if t is not None], ignored=_SEEN)
+        seen.inputs = set()
+    key = _input_key(x, found)
+    if key is not None and len(seen.inputs) < _MAX_INPUTS:
+        seen.inputs.add(key)
 
 
 class Operands(NamedTuple):
@@ -64,7 +132,8 @@ class Operands(NamedTuple):
 def plain_operands(layer: Linear) -> str | Operands:
     """The operands when the layer's present state is plain, else the reason why not.
 
-    Runs on every call, so it reads `_modules` and `_parameters` directly instead of through `nn.Module.__getattr__`.
+    Runs whenever something has changed since the last call, so it reads `_modules` and `_parameters` directly instead of through
+    `nn.Module.__getattr__`.
     """
     if layer.disable_adapters:
         return DISABLED

@@ -157,13 +157,14 @@ bool add_environment(Words& words) {
   return true;
 }
 
-// unobserved_signature(x, *tensors or None) -> bytes: their signature and the environment; None where there is none, x has a pending sign, or
-// somebody may listen to the call.
+// unobserved_signature(x, *tensors or None) -> bytes: their signature and the environment; None where there is none, one has a pending sign,
+// or somebody may listen to the call.
 PyObject* unobserved_signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Words words;
   if (count == 0 || listeners == nullptr || !add_signature(words, args, count) || !add_environment(words)) Py_RETURN_NONE;
   int found = observed();
-  if (found == 0) found = truth(PyObject_CallOneArg(is_neg, args[0]));
+  for (Py_ssize_t i = 0; found == 0 && i < count; i++)
+    if (args[i] != Py_None) found = truth(PyObject_CallOneArg(is_neg, args[i]));
   if (found < 0) return nullptr;
   if (found > 0) Py_RETURN_NONE;
   return words.bytes();

@@ -292,6 +292,8 @@ BAD = {
     "scaling_beyond_floats": (dict(scaling=10**400), ValueError, "scaling is not finite"),
     "no_outputs": (dict(weight=torch.zeros(0, 8), lora_b=torch.zeros(0, 4)), ValueError, r"weight has no elements; got weight \[0, 8\]"),
     "no_inputs": (dict(x=torch.zeros(3, 0), weight=torch.zeros(6, 0), lora_a=torch.zeros(4, 0)), ValueError, "weight has no elements"),
+    "x_number": (dict(x=2.0), TypeError, "x is no tensor; got float"),
+    "lora_a_list": (dict(lora_a=[[1.0]]), TypeError, "lora_a is no tensor; got list"),
     "weight_none": (dict(weight=None), TypeError, "weight is no tensor; got NoneType"),
     "x_sparse": (dict(x=torch.zeros(3, 8).to_sparse()), TypeError, r"x has an unsupported layout; got torch.sparse_coo.*to_dense"),
     "weight_csr": (dict(weight=torch.eye(6, 8).to_sparse_csr()), TypeError, "weight has an unsupported layout; got torch.sparse_csr"),

@@ -105,11 +105,15 @@ def test_leading_dimensions_forward_and_backward(lead, contiguous, backend) -> N
         torch.testing.assert_close(t.grad, u.grad)
 
 
-def test_x_with_a_pending_sign() -> None:
+@pytest.mark.parametrize("which", range(4), ids=["x", "weight", "lora_a", "lora_b"])
+def test_an_operand_with_a_pending_sign(which) -> None:
     """A view of an imaginary part is its memory times -1, which kernels that read memory cannot know."""
-    x, w, a, b = operands()
+    mine = list(operands())
+    theirs = [-t if i == which else t for i, t in enumerate(mine)]
+    mine[which] = torch._neg_view(mine[which])
     for _ in range(2):
-        torch.testing.assert_close(lk.lora_linear(torch._neg_view(x), w, None, a, b, 2.0), naive(-x, w, a, b))
+        x, w, a, b = mine
+        torch.testing.assert_close(lk.lora_linear(x, w, None, a, b, 2.0), naive(*theirs))
 
 
 def test_nothing_is_kept_for_backward_without_gradients(monkeypatch) -> None:

@@ -44,11 +44,11 @@ _LISTENERS = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transfo
 
 
 def _unobserved_from_attributes(x: Tensor, *others: Tensor | None) -> tuple | None:
-    """`signature` and the environment; None where there is none, x has a pending sign, or somebody may listen to the call."""
+    """`signature` and the environment; None where there is none, one has a pending sign, or somebody may listen to the call."""
     if forward_ad._current_level >= 0 or any(listens() for listens in _LISTENERS):
         return None
     shown = _from_attributes(x, *others)
-    return None if shown is None or x.is_neg() else (shown, *_device.env_state())
+    return None if shown is None or any(t is not None and t.is_neg() for t in (x, *others)) else (shown, *_device.env_state())
 
 
 @functools.cache

@@ -273,11 +273,15 @@ def lora_linear(
     """
     run = key = None
     grad = _is_grad_enabled()
-    trained = grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad))
     compiling = _is_compiling()
     autocast = compiling or any_autocast()
-    if autocast:
-        x, weight, bias = _autocast(x, weight, bias)
+    try:
+        trained = grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad))
+        if autocast:
+            x, weight, bias = _autocast(x, weight, bias)
+    except AttributeError:  # an operand that is no tensor
+        _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
+        raise
     shown = None if compiling else unobserved_signature(x, weight, lora_a, lora_b, bias)
     if shown is not None:
         key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, autocast)

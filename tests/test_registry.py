@@ -11,6 +11,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _errors
+from lora_kernels.ops import _registry
 
 ARGS = (torch.ones(2, 8), torch.ones(4, 8), None, torch.ones(2, 8), torch.ones(4, 2))
 
@@ -36,6 +37,19 @@ def test_strict_raises_instead(monkeypatch):
     with pytest.raises(lk.BackendError, match="backend cuda cannot run this call"):
         lk.lora_linear(*ARGS, backend="cuda")
     lk.lora_linear(*ARGS)
+
+
+def test_a_machine_without_kernels_is_told_once(monkeypatch, caplog):
+    provider = _registry.provider
+    monkeypatch.setattr(_registry, "provider", lambda backend: "the native module is not built" if backend == "cpu" else provider(backend))
+    x, w, a, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(1, 3), torch.randn(4, 1)
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        for _ in range(2):
+            _registry.decide("lora_linear_fwd", "auto", True, "cpu", (x, w, None, a, b, 1.0, 0.0, None))
+            _registry.decide("lora_linear_bwd", "auto", False, "cpu", (x, x, w, a, b, x, None, 1.0, 0.0, True, True, True))
+    assert [r.message for r in caplog.records] == [
+        "no kernels on this cpu, plain PyTorch runs instead: cpu: the native module is not built; `lora-kernels env` says more"
+    ]
 
 
 def test_environment_chooses(monkeypatch, caplog):

@@ -62,7 +62,7 @@ def select(op: str, backend: str, strict: bool, device_type: str, args: tuple) -
 
 def decide(op: str, backend: str, strict: bool, device_type: str, args: tuple) -> tuple[Callable, bool]:
     """`select`, and whether nothing was logged on the way, so that the answer may be remembered for calls of the same signature."""
-    quiet = True
+    quiet, lacking = True, []
     if backend == "auto":
         backend = _device.env_backend()
     ladder = LADDERS.get(device_type, ("reference",))
@@ -70,13 +70,17 @@ def decide(op: str, backend: str, strict: bool, device_type: str, args: tuple) -
     for name in wanted:
         reason = why_not(op, name, device_type, args)
         if reason is None:
+            if name == "reference" and lacking:
+                warn_once(f"no kernels on this {device_type}, plain PyTorch runs instead: {'; '.join(lacking)}; `lora-kernels env` says more")
             return provider(name).OPS[op][0], quiet
-        # In auto mode a backend that this machine lacks altogether is no surprise; `lora-kernels env` tells of it.
+        # In auto mode a backend that this machine lacks altogether is no surprise, unless it lacks them all.
         expected = backend == "auto" and isinstance(provider(name), str)
         if (strict or _device.env_strict()) and not expected:
             fix = "drop strict / LORA_KERNELS_STRICT to fall back, or run `lora-kernels env`"
             raise BackendError(message(f"{op}: backend {name} cannot run this call", reason, fix=fix))
-        if not expected:
+        if expected:
+            lacking.append(f"{name}: {reason}")
+        else:
             quiet = False
             warn_once(f"{op}: {name} is not used here: {reason}; falling back")
     raise AssertionError("unreachable: reference takes every call")

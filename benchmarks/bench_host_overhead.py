@@ -195,7 +195,7 @@ def test_piece(benchmark, row, piece) -> None:
     x, weight, a, b, meta = row
     a, b = a[0].clone().requires_grad_(), b[0].clone().requires_grad_()
     y, h, mask = x.new_empty(1, 8), x.new_empty(1, R), torch.empty(0, dtype=torch.int32)
-    operands = (x, a, b, None, (weight, None, 0.5, 0.0, None, "cpu", True, lambda *_: (y.detach(), h, mask)))
+    operands = (x, a, b, None, weight, (0.5, 0.0, None, "cpu", True, lambda *_: (y.detach(), h, mask)))
     calls = {
         "signature, native": lambda: signature.signature(x, weight, a, b, None),
         "signature, python": lambda: signature._from_attributes(x, weight, a, b, None),

@@ -90,10 +90,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`; dtypes and errors as `lora_kernels.lora_linear`."""
-        base = self.base_layer
-        if self.merged:
+        parts = self._modules  # past nn.Module.__getattr__ three times
+        base = parts["base_layer"]
+        if self._unmerged_weight is not None:
             return F.linear(x, base.weight, base.bias)
-        a, b = self.lora_A.weight, self.lora_B.weight
+        a, b = parts["lora_A"].weight, parts["lora_B"].weight
         return lora_linear(x, base.weight, base.bias, a, b, self.scaling, self.lora_dropout, self.training, backend=self.backend)
 
     @property

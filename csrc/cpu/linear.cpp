@@ -47,7 +47,7 @@ class Transposed {
 float keep_scale(const Problem& p) { return p.drop_threshold < 65536 ? 65536.f / static_cast<float>(65536 - p.drop_threshold) : 0.f; }
 int64_t mask_words(const Problem& p) { return (p.K + 31) / 32; }
 
-constexpr int64_t kShrinkRows = 128;  // from so many rows on the shrink is a panel product too: on Zen 3 6 % of the forward of 192 x 576 in fp32
+constexpr int64_t kShrinkRows = 128;  // from so many rows on packing A pays, and the shrink is a panel product too
 constexpr int64_t kBroadRows = 128;   // with more rows packing W hardly counts, and the sums of a broad block outgrow the L2
 
 // out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term. In panel form it is left to the caller, in `products`

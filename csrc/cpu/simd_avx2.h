@@ -16,8 +16,8 @@ constexpr int NV = 2;
 constexpr int MICRO_ROWS[NV + 1] = {0, 12, 6};
 constexpr int WIDE_STEPS = 4;       // steps of k that a wide pass keeps in registers, two vectors each
 constexpr int64_t KC = 512;         // lanes along k of one packed panel block: 128 KiB
-constexpr int64_t CHAIN_F32 = 256;  // against 128: 1 to 2 % of fp32 products
-constexpr int64_t SUM_ROWS = 516;   // 129 KiB of sums beside the panel block, in 512 KiB of L2: 2 to 6 % of 2048 x 2048 at M 1024 on Zen 3
+constexpr int64_t CHAIN_F32 = 256;  // longer chains load and store the sums less often
+constexpr int64_t SUM_ROWS = 516;   // 129 KiB of sums beside the panel block, in 512 KiB of L2
 
 LK_INLINE __m256i first(int64_t n) {
   alignas(32) static const int32_t table[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};

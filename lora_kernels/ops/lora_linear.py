@@ -140,8 +140,8 @@ class _LoraLinear(torch.autograd.Function):
     """Saves x (not copied), h [M, R] and the 1-bit keep mask."""
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, _, call):
-        weight, bias, scaling, dropout_p, seed, backend, strict, run = call  # in one argument, as apply looks at each
+    def forward(ctx, x, lora_a, lora_b, bias, weight, call):
+        scaling, dropout_p, seed, backend, strict, run = call  # in one argument, as apply looks at each; torch.jit wants to see every tensor
         if run is None:
             y, h, mask = _fwd(_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict)
             y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
@@ -153,11 +153,11 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        need_dx, need_da, need_db, need_bias, _ = ctx.needs_input_grad
+        need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
         args = (dy, *ctx.saved_tensors, *ctx.numbers, need_dx, need_da, need_db)
         dx, da, db = _OnceDifferentiable.apply(*args) if torch.is_grad_enabled() else _grads(*args)
         dbias = _rows(dy).sum(0) if need_bias else None
-        return dx if need_dx else None, da if need_da else None, db if need_db else None, dbias, None
+        return dx if need_dx else None, da if need_da else None, db if need_db else None, dbias, None, None
 
 
 # autograd.Function.apply without its half in Python (3 us on Zen 3, benchmarks/bench_host_overhead.py), which serves functorch: on the
@@ -308,8 +308,7 @@ def lora_linear(
         if not trained:
             return run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
         apply = _apply
-    # apply looks at each of its arguments: those without a gradient go in one
-    return apply(x, lora_a, lora_b, bias, (weight, bias, scaling, dropout_p, seed, backend, strict, run))
+    return apply(x, lora_a, lora_b, bias, weight, (scaling, dropout_p, seed, backend, strict, run))
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -17,3 +17,12 @@ hardware = pytest.mark.skipif(EMULATED, reason="needs a GPU")
 def repeats(on_a_gpu: int) -> range:
     """Every repetition in the emulator is another interleaving of all threads and asynchronous copies; a few say what many do on a GPU."""
     return range(3 if EMULATED else on_a_gpu)
+
+
+def fitting(cases: dict[str, dict]) -> dict[str, dict]:
+    """Of cases (ids, Ns, K) of many adapters, in the emulator, those of less than a billion products and a few million weights."""
+
+    def fits(ids: list[int], Ns: list[int], K: int, **_: object) -> bool:
+        return sum(Ns) * K <= 4e6 and len(ids) * sum(Ns) * K <= 1e9
+
+    return {name: case for name, case in cases.items() if not EMULATED or fits(**case)}

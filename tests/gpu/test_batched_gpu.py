@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batched_cases import Batch
-from place import DEVICE, hardware, repeats
+from place import DEVICE, fitting, hardware, repeats
 
 from lora_kernels import _batch_table, reference_batched, testing
 from lora_kernels.ops.batch_meta import BatchMeta
@@ -64,7 +64,7 @@ def linear(b: Batch, meta=None, **options):
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["fastest", "batch_invariant"])
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", fitting(SHAPES))
 def test_matches_float64_and_repeats(name, dtypes, invariant):
     dtype, pool_dtype = DTYPES[dtypes]
     b = Batch.random(dtype=dtype, pool_dtype=pool_dtype, device=DEVICE, **SHAPES[name])
@@ -142,7 +142,7 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", fitting(TRAINING))
 def test_gradients(name, dropout):
     b = Batch.random(dtype=bf16, device=DEVICE, **TRAINING[name])
     S, L = len(b.weights), b.pools_a[0].shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -144,11 +145,17 @@ def test_step_past_its_limit_is_ended_with_all_it_started(tmp_path):
     assert (tmp_path / "slow.log").read_text().startswith("up\n")
 
 
-def test_pytest_past_its_limit_reports_what_failed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_pytest_past_its_limit_reports_what_failed(tmp_path, monkeypatch, background):
+    """Also from a job in the background, which ignores the signal that ends it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if background else signal.getsignal(signal.SIGINT)
     (tmp_path / "test_it.py").write_text("import time\ndef test_bad(): assert 2 + 2 == 5\ndef test_long(): time.sleep(60)\n")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
-    assert _run(Step("late", command, 60), tmp_path, 12.0)["outcome"] == "out of time"
+    try:
+        assert _run(Step("late", command, 60), tmp_path, 6.0)["outcome"] == "out of time"
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "assert (2 + 2) == 5" in (tmp_path / "late.log").read_text()
 
 

@@ -56,20 +56,11 @@ void emulator_reset(uint64_t seed, uint32_t multiprocessors, uint64_t steps) {
   m.random.seed(seed);
   m.multiprocessors = multiprocessors;
   m.step_limit = steps;
-  m.allowed.clear();
-}
-void emulator_allow(uint64_t address, uint64_t bytes) {  // in ascending order
-  auto& all = Machine::instance().allowed;
-  if (!all.empty() && all.back().second >= address)
-    all.back().second = std::max(all.back().second, address + bytes);
-  else
-    all.emplace_back(address, address + bytes);
 }
 void emulator_plant(const char* from, const char* to) {  // "": none any more
   ptx::planted = {from, to, ptx::planted.number + 1, 0};
 }
 int emulator_replaced() { return ptx::planted.replaced; }
-void emulator_forbid_all() { Machine::instance().allowed.clear(); }
 int emulator_synchronize() {
   try {
     Machine::instance().synchronize();

@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "ptx"
@@ -106,14 +104,6 @@ def reset(seed: int, multiprocessors: int, steps: int = 10**10) -> None:
 def synchronize() -> None:
     if library().emulator_synchronize():
         raise RuntimeError(library().emulator_error().decode())
-
-
-def allow(*tensors: torch.Tensor) -> None:
-    """Kernels may touch these tensors' memory and no other."""
-    library().emulator_forbid_all()
-    ranges = sorted((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t is not None and t.numel())
-    for address, size in ranges:
-        library().emulator_allow(ctypes.c_uint64(address), ctypes.c_uint64(size))
 
 
 def as_triton_driver() -> None:

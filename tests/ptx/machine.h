@@ -125,7 +125,6 @@ struct Machine {
   uint32_t multiprocessors = 4;  // blocks resident at a time
   uint64_t step_limit = 4'000'000'000;
   std::mt19937_64 random{1};
-  std::vector<std::pair<uint64_t, uint64_t>> allowed;  // ranges of global memory that kernels may touch; none: all
 
   uint64_t clock = 1;
   std::vector<Thread*> runnable;
@@ -158,7 +157,6 @@ struct Machine {
   void expect_read(Thread&, Cta&, uint32_t granule, uint64_t fenced);
 
   // ---- global memory ----
-  void check_range(const Thread&, uint64_t address, uint64_t bytes) const;
   void load(Thread&, uint64_t address, void* to, uint32_t bytes, bool coherent);
   void store(Thread&, uint64_t address, const void* from, uint32_t bytes);
   void release(Thread&);               // what it has stored, or others before a barrier that it has passed, reaches everyone

@@ -95,7 +95,6 @@ struct Atom {
     if (i.bytes < 0) {
       at = reinterpret_cast<T*>(m.shared(t, uint32_t(address), sizeof(T), true));
     } else {
-      m.check_range(t, address, sizeof(T));
       if (address % sizeof(T)) throw Error("misaligned atomic: " + place(t));
       if (i.flags & kRelease)
         m.release(t);

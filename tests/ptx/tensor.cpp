@@ -161,7 +161,6 @@ Step load(Machine& m, Thread& t, const Instruction& i) {
         uint8_t* out = cta->shared.data() + swizzled(to + offset, map.swizzle);
         std::memset(out, 0, 16);
         if (inside == 0) return;
-        m.check_range(t, from, inside);
         check_written(t, from);
         std::memcpy(out, reinterpret_cast<const void*>(from), inside);
       });
@@ -192,10 +191,8 @@ Step store(Machine& m, Thread& t, const Instruction& i) {
     --group->reading;
     m.notify(&t);
     m.later([&m, &t, map, at, data = std::move(data), group] {
-      each_chunk(map, at.data(), [&](uint32_t offset, uint64_t to, uint32_t inside) {
-        if (inside) m.check_range(t, to, inside);
-        std::memcpy(reinterpret_cast<void*>(to), data.data() + offset, inside);
-      });
+      each_chunk(map, at.data(),
+                 [&](uint32_t offset, uint64_t to, uint32_t inside) { std::memcpy(reinterpret_cast<void*>(to), data.data() + offset, inside); });
       --group->writing;
       m.notify(&t);
     });

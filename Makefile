@@ -33,7 +33,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow" tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
-	LORA_KERNELS_EMULATE=1 $(BIN)/python -m pytest -q -n 2 -k "sanitize or ptx or interpreter" tests/ptx tests/gpu tests/interpreter
+	LORA_KERNELS_EMULATE=1 $(BIN)/python -m pytest -q -n 2 -k "sanitize or ptx" tests/ptx tests/gpu
 
 bench: $(VENV)/.ready
 	$(BIN)/lora-kernels bench

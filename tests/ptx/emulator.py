@@ -108,21 +108,9 @@ def synchronize() -> None:
 
 def as_triton_driver() -> None:
     """Makes the emulator this process's only GPU for Triton; kernels take CPU tensors. What ptxas would compile is executed as PTX instead."""
+    sys.path.insert(0, str(HERE.parent / "triton"))
+    from fake_cuda import FakeDriver
     from triton import knobs, runtime
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
-
-    class Driver(CudaDriver):
-        def __init__(self) -> None:
-            self.utils = CudaUtils()
-            self.launcher_cls = CudaLauncher
-            self.get_current_device = lambda: 0
-            self.set_current_device = lambda device: None
-            self.get_current_stream = lambda device: 0
-            self.get_device_capability = lambda device: (9, 0)
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
 
     def keep_ptx(backend: object, stages: dict, *_: object) -> None:
         stages["cubin"] = lambda ptx, metadata: ptx.encode() + b"\0"
@@ -131,7 +119,7 @@ def as_triton_driver() -> None:
     os.environ["TRITON_CACHE_DIR"] = str(OUT / "triton")
     knobs.nvidia.libcuda_path = str(OUT)
     knobs.runtime.add_stages_inspection_hook = keep_ptx
-    runtime.driver.set_active(Driver())
+    runtime.driver.set_active(FakeDriver())
 
 
 @contextlib.contextmanager

@@ -24,24 +24,31 @@ T* host(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// d or {d, ...}, [address]
-Step load_param(Machine&, Thread& t, const Instruction& i) {
-  const auto* from = host<const uint8_t>(t.address(i.at(1)));
+// Memory to the first operand's registers, and the second operand's to memory.
+void spread(Thread& t, const Instruction& i, const uint8_t* from) {
   for (size_t k = 0; k < i.size(0); ++k) {
     uint64_t v = 0;
     std::memcpy(&v, from + k * i.bytes, i.bytes);
     t.set(i.at(0, k), v);
   }
+}
+void gather(const Thread& t, const Instruction& i, uint8_t* to) {
+  for (size_t k = 0; k < i.size(1); ++k) {
+    const auto v = t.get<uint64_t>(i.at(1, k));
+    std::memcpy(to + k * i.bytes, &v, i.bytes);
+  }
+}
+
+// d or {d, ...}, [address]
+Step load_param(Machine&, Thread& t, const Instruction& i) {
+  const auto* from = host<const uint8_t>(t.address(i.at(1)));
+  spread(t, i, from);
   return Step::next;
 }
 
 Step load_shared(Machine& m, Thread& t, const Instruction& i) {
   const auto* from = m.shared(t, uint32_t(t.address(i.at(1))), i.bytes * uint32_t(i.size(0)), false);
-  for (size_t k = 0; k < i.size(0); ++k) {
-    uint64_t v = 0;
-    std::memcpy(&v, from + k * i.bytes, i.bytes);
-    t.set(i.at(0, k), v);
-  }
+  spread(t, i, from);
   return Step::next;
 }
 
@@ -51,21 +58,14 @@ Step load_global(Machine& m, Thread& t, const Instruction& i) {
   if (i.flags & kAcquire) acquire(t);
   uint8_t data[32];
   m.load(t, from, data, uint32_t(bytes), i.flags & kCoherent);
-  for (size_t k = 0; k < i.size(0); ++k) {
-    uint64_t v = 0;
-    std::memcpy(&v, data + k * i.bytes, i.bytes);
-    t.set(i.at(0, k), v);
-  }
+  spread(t, i, data);
   return Step::next;
 }
 
 // [address], v or {v, ...}
 Step store_shared(Machine& m, Thread& t, const Instruction& i) {
   auto* to = m.shared(t, uint32_t(t.address(i.at(0))), i.bytes * uint32_t(i.size(1)), true);
-  for (size_t k = 0; k < i.size(1); ++k) {
-    const auto v = t.get<uint64_t>(i.at(1, k));
-    std::memcpy(to + k * i.bytes, &v, i.bytes);
-  }
+  gather(t, i, to);
   return Step::next;
 }
 
@@ -74,10 +74,7 @@ Step store_global(Machine& m, Thread& t, const Instruction& i) {
   if (to % bytes) throw Error("misaligned store: " + place(t));
   if (i.flags & kRelease) m.release(t);
   uint8_t data[32];
-  for (size_t k = 0; k < i.size(1); ++k) {
-    const auto v = t.get<uint64_t>(i.at(1, k));
-    std::memcpy(data + k * i.bytes, &v, i.bytes);
-  }
+  gather(t, i, data);
   m.store(t, to, data, uint32_t(bytes));
   if (i.flags & (kRelease | kCoherent)) m.drain(*t.cta, to / 16);
   return Step::next;

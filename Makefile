@@ -58,8 +58,10 @@ emulate: $(VENV)/.deps
 	PYTHONPATH=build/emulate $(BIN)/pytest -q -n 2 -k avx512 tests/test_native_cpu.py tests/test_native_cpu_batched.py tests/test_native_cpu_batched_ops.py
 
 # The Triton and CUDA kernels without a GPU: the tests written for one, on their PTX for sm_90, executed instruction by instruction (tests/ptx).
+# In two processes: the tests of tests/interpreter want a machine without csrc/cuda.
 emulate-gpu: $(VENV)/.ready
-	LORA_KERNELS_EMULATE=1 $(BIN)/python -m pytest -q -n 2 tests/ptx tests/gpu tests/interpreter
+	LORA_KERNELS_EMULATE=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
+	LORA_KERNELS_EMULATE=1 $(BIN)/python -m pytest -q -n 2 tests/ptx tests/gpu
 
 # aarch64 by a cross compiler, run under qemu; both from the distribution, no environment needed.
 cross:

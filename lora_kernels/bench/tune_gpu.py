@@ -188,7 +188,13 @@ def _prepare(plan: Plan, problem: Problem, case: Case, ops: Operands) -> Callabl
     refused = _registry.why_not(op, backend, "cuda", args)
     if refused:
         raise BackendError(refused)
+    # Not through the op or its implementation: both remember what they prepared for these shapes, which is another plan's.
     run = _registry.provider(backend).OPS[op][0]
-    prepare = getattr(run, "prepare", None)  # not through the op: it remembers what it prepared for these shapes, which is another plan's
-    run = (prepare and prepare(*args)) or run
+    prepare, prepare_nd = getattr(run, "prepare", None), getattr(run, "prepare_nd", None)
+    if prepare_nd is not None:
+        run = prepare_nd(args[0].shape[:1], *args, **({"trained": True} if forward else {}))
+        if run is None:
+            raise BackendError("no launch is prepared for operands of this kind")
+    elif prepare is not None:
+        run = prepare(*args)
     return lambda: run(*args)[0]

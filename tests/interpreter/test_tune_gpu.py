@@ -10,6 +10,7 @@ import torch
 
 from lora_kernels import _device
 from lora_kernels.bench import tune_gpu
+from lora_kernels.kernels import _launch
 from lora_kernels.ops import _registry
 
 JOB = {"M": 40, "N": 48, "K": 64, "R": 8, "dtype": "float16"}
@@ -39,6 +40,31 @@ def test_every_candidate_is_right_under_its_plan(target, op, dropout):
     forms = {"tma", "pointer"} if dropout else {"column0", "tma", "pointer"}
     assert {name.split()[0] for name in outcome["us"]} == {"torch", *forms}
     assert set(outcome["us"].values()) == {1e6}  # what was timed gave finite numbers
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("op", ["fwd", "dx"])
+def test_what_is_timed_is_each_candidates_own_launch(target, monkeypatch, op, dropout):
+    """Not what another candidate of the same shapes left behind: form and tile of every launch are those of the name it is timed under."""
+    launched, timed = [], {}
+    launch = _launch.Launcher.__call__
+    monkeypatch.setattr(_launch.Launcher, "__call__", lambda self, *args: launched.append(self) or launch(self, *args))
+
+    def watch(calls, sets, budget):
+        for name, call in calls.items():
+            launched.clear()
+            call(0)
+            timed[name] = {(made.fn.__name__, made.constants["BM"], made.constants["BN"]) for made in launched if "GROUP_M" in made.constants}
+        return {name: [1.0] for name in calls}, {}
+
+    monkeypatch.setattr(tune_gpu, "time_cuda", watch)
+    target.measure({**JOB, "op": op, "dropout": dropout})
+    kernels = {"column0": "column0_kernel", "tma": "update_tma_kernel", "pointer": "update_pointer_kernel"}
+    triton = {name: found for name, found in timed.items() if name != "torch"}
+    assert len(triton) > 3
+    for name, found in triton.items():
+        form, tile, *_ = name.split()
+        assert found == {(kernels[form], *map(int, tile.split("x")[:2]))}, name
 
 
 def test_compiling_a_kind_runs_its_triton_candidates_and_times_nothing(target, monkeypatch):

@@ -26,10 +26,12 @@ def test_what_cannot_be_captured_is_timed_by_events():
     def waits(i):
         return torch.ones(8, device=GPU).sum().item()
 
-    calls = {"waits": waits, "plain": lambda i: torch.ones(8, device=GPU)}
+    calls, stream = {"plain": lambda i: torch.ones(8, device=GPU), "waits": waits}, torch.cuda.current_stream()
     times, timers = timing.time_cuda(calls, sets=2, budget=0.01)
-    assert timers == {"waits": "events", "plain": "graph"}
+    assert timers == {"plain": "graph", "waits": "events"}
     assert all(t > 0 for t in times["waits"])
+    assert torch.cuda.current_stream() == stream
+    torch.rand(8, device=GPU)  # a generator that takes itself for captured would raise
 
 
 def test_decode_contestants():

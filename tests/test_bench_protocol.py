@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +52,29 @@ def test_rounds_interleave_and_rotate():
     assert {i % 3 for i in seen["a"]} == {0, 1, 2}
     changes = sum(x != y for x, y in itertools.pairwise(order))
     assert len(order) > changes >= timing.MIN_ROUNDS  # neither ran all its rounds in a row
+
+
+def test_what_waits_for_the_device_is_known_before_a_capture(monkeypatch):
+    """CUDA stood in for: a capture that fails would leave torch in a state that spoils what is measured after it."""
+    captured, mode = [], ["default"]
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: captured.append(graph) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
+
+    def waits(i):
+        if mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert timing._Replay(waits, 2).timer == "events"
+    assert not captured
+    assert mode == ["default"]
+    assert timing._Replay(lambda i: None, 2).timer == "graph"
+    assert len(captured) == 1
 
 
 def test_slow_contestants_do_not_eat_the_budget():

@@ -87,11 +87,27 @@ def time_cpu(calls: dict[str, Call], sets: int, budget: float, seed: int = 0) ->
     return times
 
 
+def _waits(call: Call) -> bool:
+    """Whether a call waits for the device (.tolist(), .item()) and so cannot be captured.
+
+    To be known before the capture: one that fails leaves torch on the capture's stream, its generator and allocator still capturing.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(0)
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
 class _Replay:
     """One contestant over all operand sets: a CUDA graph where it can be captured, else its calls in a row."""
 
     def __init__(self, call: Call, sets: int):
         self.call, self.sets = call, sets
+        self.graph: torch.cuda.CUDAGraph | None = None
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -99,14 +115,16 @@ class _Replay:
                 call(i)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        self.graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        if _waits(call):
+            return
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the outer one for a capture that fails
                 for i in range(sets):
                     call(i)
-        except RuntimeError:  # it waits for the device (.tolist(), .item()) and cannot be captured
+            self.graph = graph
+        except RuntimeError:  # for another reason
             torch.cuda.synchronize()
-            self.graph = None
 
     def __call__(self) -> None:
         if self.graph is not None:

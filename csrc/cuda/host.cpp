@@ -64,6 +64,8 @@ int sm90_multiprocessors(const std::string& call) {
   int device = 0, major = 0, minor = 0, count = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) fail(call, "no current CUDA device", error);
+  // Binds the context to this thread, for cuTensorMapEncodeTiled: a thread of autograd's has none before its first launch.
+  if ((error = cudaSetDevice(device)) != cudaSuccess) fail(call, "the device's context cannot be had", error);
   if (device < kDevices && known[device] > 0) return known[device];
   if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) != cudaSuccess ||
       (error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) != cudaSuccess ||

@@ -21,7 +21,7 @@ enum class MapSwizzle { b32, b64, b128 };
 CUtensorMap tensor_map(const std::string& call, const char* name, Element element, const Matrix& m, int64_t rows, int64_t cols, int box_rows,
                        int box_cols, MapSwizzle swizzle = MapSwizzle::b128);
 
-// Throws unless the current device has compute capability 9.0; returns its number of SMs.
+// Throws unless the current device has compute capability 9.0; returns its number of SMs. Binds its context to the thread, which tensor_map needs.
 int sm90_multiprocessors(const std::string& call);
 
 // One entry of the table of kernels: made at load time, so that it is listed without a driver.

@@ -8,6 +8,7 @@ remembered descriptors and a constant tail straight to the compiled kernel's C l
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -102,6 +104,8 @@ class Launcher:
         if isinstance(self.fn, InterpretedFunction):
             self.fn[self.grid](*args, **self.constants)
             return
+        if any(self.blocks):
+            _bind_context()
         compiled = self.fn.run(*args, grid=self.grid, warmup=False, **self.constants, **self.warps_stages)
         launcher = compiled.run
         if launcher.global_scratch_size or launcher.profile_scratch_size:
@@ -118,12 +122,30 @@ class Launcher:
             maps.clear()
         present = [m for m, of in zip(self.maps, self.blocks, strict=True) if of]  # Triton counts the descriptors that are there
         position = next(i for i, m in enumerate(present) if m is maps)
+        _bind_context()
         maps[address] = self.encode(_descriptor(tensor, block), position)
         return maps[address]
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1]), block)
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")  # Triton's driver has loaded it
+
+
+def _bind_context() -> None:
+    """Give this thread the device's context, if it has none.
+
+    A thread of autograd's has none before its first launch, and Triton's launch, which would see to it, comes after the descriptors.
+    """
+    context = ctypes.c_void_p()
+    _libcuda().cuCtxGetCurrent(ctypes.byref(context))
+    if not context:
+        _libcuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), driver.active.get_current_device())
+        _libcuda().cuCtxSetCurrent(context)
 
 
 def _c_launch(launcher: Any) -> tuple[Any, Any]:

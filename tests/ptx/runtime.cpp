@@ -36,6 +36,15 @@ std::string ptx_of(const Wrapper& wrapper) {
   return {};
 }
 
+thread_local bool bound = false;  // whether this thread has a context: with its first launch at the latest
+
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims, const cuuint64_t* strides,
+                      const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                      CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  if (!bound) return CUDA_ERROR_INVALID_CONTEXT;
+  return cuTensorMapEncodeTiled(map, type, rank, base, dims, strides, box, steps, interleave, swizzle, promotion, fill);
+}
+
 }  // namespace
 
 extern "C" {
@@ -51,6 +60,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSup
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, void** arguments) {
+  bound = true;
   ptx::Launch l;
   l.grid[0] = c->gridDim.x, l.grid[1] = c->gridDim.y, l.grid[2] = c->gridDim.z;
   l.block[0] = c->blockDim.x, l.block[1] = c->blockDim.y, l.block[2] = c->blockDim.z;
@@ -63,6 +73,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, 
 }
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return bound = true, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
   *v = a == cudaDevAttrComputeCapabilityMajor ? 9 : a == cudaDevAttrMultiProcessorCount ? int(ptx::Machine::instance().multiprocessors) : 0;
   return cudaSuccess;
@@ -74,7 +85,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* n, const void*, const cudaLaunch
   return *n = std::max(1u, ptx::Machine::instance().multiprocessors / cluster), cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
-  *entry = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  *entry = reinterpret_cast<void*>(&encode_tiled);
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -20,14 +20,15 @@ SOURCE = r"""
 #include <string.h>
 #define OK(name, ...) CUresult name(__VA_ARGS__) { return CUDA_SUCCESS; }
 #undef cuDevicePrimaryCtxRetain
-OK(cuCtxSetCurrent, CUcontext c)
-OK(cuDevicePrimaryCtxRetain, CUcontext *c, CUdevice d)
 OK(cuFuncSetAttribute, CUfunction f, CUfunction_attribute a, int v)
 OK(cuFuncSetCacheConfig, CUfunction f, CUfunc_cache c)
 OK(cuCtxGetLimit, size_t *v, CUlimit l)
 OK(cuCtxSetLimit, CUlimit l, size_t v)
 OK(cuOccupancyMaxActiveClusters, int *n, CUfunction f, const CUlaunchConfig *c)
-CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)1; return CUDA_SUCCESS; }
+static __thread CUcontext current; // a thread begins without
+CUresult cuCtxGetCurrent(CUcontext *c) { *c = current; return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext c) { current = c; return CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)1; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *d, int i) { *d = i; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) { *v = 232448; return CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *m, const void *image) { *m = (CUmodule)1; return CUDA_SUCCESS; }
@@ -41,6 +42,7 @@ static long encoded;
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base,
     const cuuint64_t *dims, const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps, CUtensorMapInterleave i,
     CUtensorMapSwizzle s, CUtensorMapL2promotion l, CUtensorMapFloatOOBfill o) {
+  if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   memset(map, 0, sizeof *map); memcpy(map, &base, sizeof base); encoded++; return CUDA_SUCCESS;
 }
 static long launches; static unsigned grid[3]; static CUfunction last; static CUstream on; static unsigned words[64]; static int wanted;

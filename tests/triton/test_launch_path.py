@@ -113,6 +113,25 @@ assert cuda.last(1)[5] == other.data_ptr() % 2**32
 """)
 
 
+def test_a_thread_without_a_context_gets_one_before_its_first_descriptor() -> None:
+    """As autograd's threads begin; with new addresses for a launcher that is known, and with a kernel that is known for a new launcher."""
+    in_own_process("""
+import threading
+plan = lora_linear.Plan("triton", "column0", 128, 128, 64, 8, 3)
+lora_linear.store.choose = lambda problem, device: plan
+def run(M):
+    x, w, a, b = empty(M, 80), empty(160, 80), empty(16, 80), empty(160, 16)
+    lora_linear.lora_linear_fwd(x, w, None, a, b, 0.5, 0.0, None)
+    done.append(M)
+done = []
+run(192)
+for M in (192, 320):
+    thread = threading.Thread(target=run, args=(M,))
+    thread.start(), thread.join()
+assert done == [192, 192, 320], done
+""")
+
+
 def test_public_function_launches_what_the_op_launches() -> None:
     """The path without the dispatcher and the op itself, forward and backward, count the same launches."""
     in_own_process("""

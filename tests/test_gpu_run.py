@@ -159,6 +159,26 @@ def test_pytest_past_its_limit_reports_what_failed(tmp_path, monkeypatch, backgr
     assert "assert (2 + 2) == 5" in (tmp_path / "late.log").read_text()
 
 
+def test_a_fault_on_the_gpu_does_not_take_the_other_tests_with_it(tmp_path):
+    """A worker whose context is lost is replaced; what failed is still reported."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text("""
+import torch
+lost = []
+def use():
+    if lost: raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.is_initialized, torch.cuda.synchronize, torch.cuda.memory_reserved = (lambda: True), use, (lambda: 0)
+def test_before(): use()
+def test_faults(): lost.append(1), use()
+def test_after(): use()
+def test_last(): use()
+""")
+    options = ["-q", "-n", "1", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
+    run = subprocess.run([sys.executable, "-m", "pytest", *options], capture_output=True, text=True, cwd=tmp_path)
+    assert "3 passed" in run.stdout, run.stdout
+    assert "an illegal memory access" in run.stdout
+
+
 @pytest.mark.parametrize(
     "code, none_is_fine, outcome", [(0, False, "ok"), (5, True, "nothing to run"), (5, False, "failed (5)"), (1, True, "failed (1)")]
 )

@@ -4,9 +4,9 @@
     python benchmarks/bench_batched.py --device cuda       GPU: decode and prefill in CUDA graphs, weights rotated so that L2 holds none
     --backend NAME --json FILE --rounds N --seconds N --quick
 
-Every contender's result is checked against float64 first. Then all contenders run in interleaved rounds (`lora_kernels.testing`);
-printed are the medians over rounds of the time and of its ratio to the base layer's in the same round; on a GPU, for few rows, also what share
-of the copy bandwidth measured at the start the fewest bytes of the call make.
+Every contender's result is checked against float64 first, and who is wrong is left out. Then all run in interleaved rounds
+(`lora_kernels.testing`); printed are the medians over rounds of the time and of its ratio to the base layer's in the same round; on a GPU, for
+few rows, also what share of the copy bandwidth measured at the start the fewest bytes of the call make.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -139,6 +140,15 @@ def contenders(x, ids, scalings, copies, backend, with_peft) -> dict[str, Callab
     return found
 
 
+def refusal(call: Callable[[int], torch.Tensor], exact: torch.Tensor, allowed: float) -> str | None:
+    """Why a contender is not timed, or None: its error, or what it raised."""
+    try:
+        error = ((call(0).double() - exact).norm() / exact.norm()).item()
+    except Exception as why:
+        return f"{type(why).__name__}: {str(why)[:200]}"
+    return None if error < allowed else f"relative RMSE {error:.1e}"
+
+
 def turning(call: Callable[[int], torch.Tensor]) -> Callable[[], object]:
     """`call` on the next weight copy each time."""
     turn = itertools.count()
@@ -195,7 +205,7 @@ def main() -> None:
     parser.add_argument("--none", action="store_true", help="all rows without an adapter")
     parser.add_argument("--json", type=Path, help="rewritten after every case")
     args = parser.parse_args()
-    dtype, rows, start = getattr(torch, args.dtype), [], time.monotonic()
+    dtype, rows, wrong, start = getattr(torch, args.dtype), [], [], time.monotonic()
     torch.set_grad_enabled(False)
     roof = roofs.bandwidth(torch.device("cuda")) if args.device == "cuda" else None
     for case in cases(args.device, args.quick):
@@ -206,16 +216,19 @@ def main() -> None:
         x, ids, scalings, copies = problem(case, dtype, args.device)
         calls = contenders(x, ids, scalings, copies, args.backend, args.device == "cpu")
         exact = truth(x, ids, scalings, copies[0])
-        for name, call in calls.items():
-            error = ((call(0).double() - exact).norm() / exact.norm()).item()
-            assert name == "base" or error < ALLOWED[dtype], f"{name}: relative RMSE {error:.1e} at {case}"
+        for name, call in list(calls.items()):
+            why = None if name == "base" else refusal(call, exact, ALLOWED[dtype])
+            if why:
+                wrong.append(name)
+                print(f"left out: {name}, {why}, at {case}", flush=True)
+                del calls[name]
         n = len(copies) if args.device == "cuda" else 1
         calls = {name: graphed(call, n) if args.device == "cuda" else turning(call) for name, call in calls.items()}
         times = testing.timer(args.device)(calls, rounds=args.rounds)
         found = {name: (statistics.median(t) / n * 1e6, testing.ratio(t, times["base"])) for name, t in times.items()}
         row = asdict(case) | {"dtype": args.dtype, "us_and_ratio": found}
         text = "  ".join(f"{name} {us:8.1f} us x{ratio:5.2f}" for name, (us, ratio) in found.items())
-        if roof and case.M <= 256:
+        if roof and case.M <= 256 and "ours" in found:
             row["share_of_copy_bandwidth"] = moved(case, ids, x.element_size()) / (found["ours"][0] * 1e-6) / roof
             text += f"  {row['share_of_copy_bandwidth']:4.0%} of copy"
         mix = "none" if case.none else "segments" if case.segments else "mixed"
@@ -224,6 +237,8 @@ def main() -> None:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({"bytes_per_s": roof, "rows": rows}, indent=1) + "\n")
+    if wrong:
+        sys.exit(f"bench_batched: {len(wrong)} times a contender was left out, see above")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Every failure goes into the file LORA_KERNELS_FAILURES, where that is set, as it happens: a run that is ended may not reach its summary."""
+    path = os.environ.get("LORA_KERNELS_FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a") as log:
+            log.write(f"==== {report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish() -> None:
     """After a fault on the GPU nothing works in this process any more: the worker, its report sent, makes way for a new one.

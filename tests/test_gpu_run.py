@@ -159,6 +159,18 @@ def test_pytest_past_its_limit_reports_what_failed(tmp_path, monkeypatch, backgr
     assert "assert (2 + 2) == 5" in (tmp_path / "late.log").read_text()
 
 
+def test_failures_are_kept_of_workers_that_do_not_hear(tmp_path):
+    """As in a compiler or a kernel without end, where Python hears no signal and pytest waits for it until it is killed."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text("def test_bad(): assert 2 + 2 == 5\ndef test_deaf(): sum(range(10**11))\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
+    (entry,) = gpu_run.run([Step("late", command, 60)], tmp_path, 20.0, gpu_run.environment(tmp_path, "9.0"))
+    assert entry["outcome"] == "out of time"
+    failures = (tmp_path / "failures.log").read_text()
+    assert "test_bad (call)" in failures
+    assert "assert (2 + 2) == 5" in failures
+
+
 def test_a_fault_on_the_gpu_does_not_take_the_other_tests_with_it(tmp_path):
     """A worker whose context is lost is replaced; what failed is still reported."""
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())

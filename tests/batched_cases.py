@@ -53,19 +53,18 @@ class Batch:
         out = torch.empty(_batch_table.layout(M, L, block).size, dtype=torch.int32, device=self.ids.device)
         return _batch_table.build(self.ids, L, block, out), block
 
-    def rank(self, i: int, slot: int) -> int:
-        return self.pools_a[i].shape[1] if self.ranks is None else int(self.ranks[i, slot])
-
     def expected(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-        """y, one row after the other, every operation rounded to `dtype`."""
+        """y, one adapter after the other, every operation rounded to `dtype`."""
         cast = lambda t: None if t is None else t.to(device, dtype)
-        x, parts = cast(self.x), []
+        x, ids, parts = cast(self.x), self.ids.cpu(), []
+        ranks, scalings = (None if t is None else t.tolist() for t in (self.ranks, self.scalings))
         for i, (w, bias, a, b) in enumerate(zip(self.weights, self.biases, self.pools_a, self.pools_b, strict=True)):
             y = F.linear(x, cast(w), cast(bias))
-            for m, slot in enumerate(self.ids.tolist()):
-                if 0 <= slot < a.shape[0] and (r := self.rank(i, slot)):
-                    scale = 1.0 if self.scalings is None else float(self.scalings[i, slot])
-                    y[m] += scale * F.linear(F.linear(x[m], cast(a[slot, :r].to(self.x.dtype))), cast(b[slot, :, :r].to(self.x.dtype)))
+            for slot in range(a.shape[0]):
+                rows, r = (ids == slot).nonzero().flatten().to(device), a.shape[1] if ranks is None else ranks[i][slot]
+                if len(rows) and r:
+                    scale = 1.0 if scalings is None else scalings[i][slot]
+                    y[rows] += scale * F.linear(F.linear(x[rows], cast(a[slot, :r].to(self.x.dtype))), cast(b[slot, :, :r].to(self.x.dtype)))
             parts.append(y)
         return torch.cat(parts, 1)
 

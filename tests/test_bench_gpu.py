@@ -60,7 +60,7 @@ def test_tuner_measures_a_problem(op):
     from lora_kernels.bench.tune_gpu import GpuTarget
 
     job = {"op": op, "M": 512, "N": 1024, "K": 1024, "R": 16, "dtype": "bfloat16", "dropout": False}
-    outcome = GpuTarget(GPU).measure(job)
+    outcome = GpuTarget(GPU, quick=True).measure(job)  # the tiles that a run of the tuner has compiled before
     assert outcome["chosen"] in outcome["us"]
     assert "torch" in outcome["us"]
     assert not any("wrong" in why for why in outcome["skipped"].values()), outcome["skipped"]

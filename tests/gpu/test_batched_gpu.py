@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batched_cases import Batch
-from place import DEVICE, fitting, hardware, repeats
+from place import DEVICE, all_equal, fitting, hardware, repeats
 
 from lora_kernels import _batch_table, reference_batched, testing
 from lora_kernels.ops.batch_meta import BatchMeta
@@ -71,8 +71,7 @@ def test_matches_float64_and_repeats(name, dtypes, invariant):
     y = linear(b, batch_invariant=invariant)
     b.assert_close(y)
     meta = BatchMeta(b.ids, b.pools_a[0].shape[0], invariant)
-    for _ in repeats(30):  # a race between ticket, flags and stores would show as other bits
-        assert torch.equal(linear(b, meta), y)
+    assert all_equal([y], ([linear(b, meta)] for _ in repeats(30)))  # a race between ticket, flags and stores would show as other bits
 
 
 @hardware
@@ -82,8 +81,7 @@ def test_llama_sizes(name):
     meta = BatchMeta(b.ids, b.pools_a[0].shape[0])
     y = linear(b, meta)
     b.assert_close(y)
-    for _ in range(100):
-        assert torch.equal(linear(b, meta), y)
+    assert all_equal([y], ([linear(b, meta)] for _ in range(100)))
 
 
 @pytest.mark.parametrize(
@@ -161,8 +159,7 @@ def test_gradients(name, dropout):
     got, eager, exact = grads("triton"), grads("reference"), grads("reference", torch.float64)
     for g, e, x64 in zip(got, eager, exact, strict=True):
         assert testing.error_ratio(g, e, x64) <= testing.ALLOWED_RATIO
-    for _ in repeats(10):
-        assert all(torch.equal(*pair) for pair in zip(got, grads("triton"), strict=True))
+    assert all_equal(got, (grads("triton") for _ in repeats(10)))
 
 
 def test_keep_mask_is_the_references():

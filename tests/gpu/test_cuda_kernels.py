@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from place import DEVICE, EMULATED, hardware, repeats
+from place import DEVICE, EMULATED, all_equal, hardware, repeats
 
 import lora_kernels as lk
 from lora_kernels import reference
@@ -276,19 +276,14 @@ def test_column0_gives_the_same_bits_1000_times(cluster, backward, R):
     (x, w, a, b), _ = operands(2048 + 40, 1544, 1032, R, bf16, backward)
     how = Form(True, 128, 256, cluster)
     first = cuda.linear(x, w, None, a, b, None, 0.5, backward, how=how)
-    for _ in repeats(1000):
-        again = cuda.linear(x, w, None, a, b, None, 0.5, backward, how=how)
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
+    assert all_equal(first, (cuda.linear(x, w, None, a, b, None, 0.5, backward, how=how) for _ in repeats(1000)))
 
 
 @pytest.mark.parametrize("R, p", [(16, 0.0), (64, 0.1), (128, 0.0)])
 def test_op_gives_the_same_bits_1000_times(R, p):
     args = problem(777, 1032, 520, R, bf16, fp32)
     first = run(*args, p)
-    for _ in repeats(1000):
-        again = run(*args, p)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all_equal(first.values(), (run(*args, p).values() for _ in repeats(1000)))
 
 
 def test_one_row_of_tiles_many_columns():

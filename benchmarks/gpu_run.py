@@ -103,6 +103,7 @@ def environment(work: Path, capability: str) -> dict[str, str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     env["LORA_KERNELS_CACHE"] = str(work / "plans")  # the measured plans: the benchmarks after them use them
     env["LORA_KERNELS_FAILURES"] = str(work / "failures.log")  # of tests, as they happen: whoever is ended in the midst of work says no more
+    env["LORA_KERNELS_TEST_SECONDS"] = "90"  # for one test of several processes; all of them have 140
     if capability not in ("", "9.0"):
         env["LORA_KERNELS_CUDA"] = "0"  # the CUDA kernels are for sm_90a
     return env

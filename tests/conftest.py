@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+from collections.abc import Generator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +30,20 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(path, "a") as log:
             log.write(f"==== {report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A worker that is at one test for more than LORA_KERNELS_TEST_SECONDS is ended, wherever it hangs, and makes way for a new one."""
+    seconds = os.environ.get("LORA_KERNELS_TEST_SECONDS")
+    if not seconds or "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    with open(os.environ.get("LORA_KERNELS_FAILURES", os.devnull), "a") as log:
+        faulthandler.dump_traceback_later(float(seconds), exit=True, file=log)
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(trylast=True)

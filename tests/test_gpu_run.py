@@ -159,36 +159,55 @@ def test_pytest_past_its_limit_reports_what_failed(tmp_path, monkeypatch, backgr
     assert "assert (2 + 2) == 5" in (tmp_path / "late.log").read_text()
 
 
+TORCH = """
+lost = []
+def use():
+    if lost: raise RuntimeError("CUDA error: an illegal memory access was encountered")
+class cuda:
+    is_available = is_initialized = lambda: True
+    synchronize, memory_reserved = use, lambda: 0
+def manual_seed(seed): pass
+"""
+
+
+def _tests(folder, code):
+    """Command and environment of tests in a process of their own, with the settings of ours and a stand-in for torch."""
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (folder / "torch.py").write_text(TORCH)
+    (folder / "test_it.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder / "test_it.py")]
+    return command, gpu_run.environment(folder, "9.0")
+
+
 def test_failures_are_kept_of_workers_that_do_not_hear(tmp_path):
     """As in a compiler or a kernel without end, where Python hears no signal and pytest waits for it until it is killed."""
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    (tmp_path / "test_it.py").write_text("def test_bad(): assert 2 + 2 == 5\ndef test_deaf(): sum(range(10**11))\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
-    (entry,) = gpu_run.run([Step("late", command, 60)], tmp_path, 20.0, gpu_run.environment(tmp_path, "9.0"))
+    command, env = _tests(tmp_path, "def test_bad(): assert 2 + 2 == 5\ndef test_deaf(): sum(range(10**11))\n")
+    (entry,) = gpu_run.run([Step("late", command, 60)], tmp_path, 12.0, env)
     assert entry["outcome"] == "out of time"
     failures = (tmp_path / "failures.log").read_text()
     assert "test_bad (call)" in failures
     assert "assert (2 + 2) == 5" in failures
 
 
-def test_a_fault_on_the_gpu_does_not_take_the_other_tests_with_it(tmp_path):
-    """A worker whose context is lost is replaced; what failed is still reported."""
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    (tmp_path / "test_it.py").write_text("""
-import torch
-lost = []
-def use():
-    if lost: raise RuntimeError("CUDA error: an illegal memory access was encountered")
-torch.cuda.is_initialized, torch.cuda.synchronize, torch.cuda.memory_reserved = (lambda: True), use, (lambda: 0)
+def test_faults_and_hangs_on_the_gpu_do_not_take_the_other_tests_with_them(tmp_path):
+    """A worker whose context is lost, or that waits without end, is replaced; what it was at is reported."""
+    command, env = _tests(
+        tmp_path,
+        """
+from torch import lost, use
 def test_before(): use()
 def test_faults(): lost.append(1), use()
 def test_after(): use()
+def test_hangs(): sum(range(10**11))
 def test_last(): use()
-""")
-    options = ["-q", "-n", "1", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
-    run = subprocess.run([sys.executable, "-m", "pytest", *options], capture_output=True, text=True, cwd=tmp_path)
+""",
+    )
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env | {"LORA_KERNELS_TEST_SECONDS": "3"}, timeout=120)
     assert "3 passed" in run.stdout, run.stdout
-    assert "an illegal memory access" in run.stdout
+    failures = (tmp_path / "failures.log").read_text()
+    assert "an illegal memory access" in failures
+    assert "crashed while running 'test_it.py::test_hangs'" in failures
+    assert "in test_hangs" in failures  # the stack
 
 
 @pytest.mark.parametrize(

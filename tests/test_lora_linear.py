@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import Case, assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import reference
@@ -63,6 +65,21 @@ def test_leading_dimensions_and_strides():
     strided = torch.empty(36, 24).t().copy_(c.x)
     got = lk.lora_linear(strided, c.weight.t().contiguous().t(), c.bias, c.lora_a.t().contiguous().t(), c.lora_b, c.scaling)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("columns", ["contiguous", "strided"])
+def test_y_may_be_written_in_place(columns, backend) -> None:
+    """As F.linear's may: `y += residual`, ReLU(inplace=True). Each form of the call: first, remembered, seen by a dispatch mode."""
+    c = Case.random(6, 20, 36, 4)
+    x = (c.x if columns == "contiguous" else c.x.repeat_interleave(2, 1)[:, ::2]).view(2, 3, 36)
+    for observer in (contextlib.nullcontext(), contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with observer:
+            x, a, b = (t.detach().requires_grad_() for t in (x, c.lora_a, c.lora_b))
+            y = lk.lora_linear(x, c.weight, c.bias, a, b, c.scaling, backend=backend)
+            grads = torch.autograd.grad(y.clone().mul_(3).sum(), (x, a, b))
+            y = lk.lora_linear(x, c.weight, c.bias, a, b, c.scaling, backend=backend)
+            assert all(map(torch.equal, torch.autograd.grad(y.mul_(3).sum(), (x, a, b)), grads))
 
 
 def test_same_bits_every_run():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool)
 
     def flattened(*args):
         first, *rest = flat(*map(_rows, args[: len(wide)]), *args[len(wide) :])
-        return first.view(*lead, first.shape[1]) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
+        return _shaped(first, lead) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
 
     return flat if len(lead) == 1 else flattened
 
@@ -144,7 +144,7 @@ class _LoraLinear(torch.autograd.Function):
         scaling, dropout_p, seed, backend, strict, run = call  # in one argument, as apply looks at each; torch.jit wants to see every tensor
         if run is None:
             y, h, mask = _fwd(_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict)
-            y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+            y = y if x.dim() == 2 else _shaped(y, x.shape[:-1])
         else:
             y, h, mask = run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
         ctx.save_for_backward(x, weight, lora_a, lora_b, h, mask)
@@ -167,6 +167,11 @@ _apply = super(torch.autograd.Function, _LoraLinear).apply
 
 def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _shaped(t: Tensor, lead: Sequence[int]) -> Tensor:
+    """`t` with its rows laid out as `lead`, and no view to autograd: what a Function returns as a view must not be written in place."""
+    return torch.ops.aten._unsafe_view.default(t, (*lead, t.shape[1]))
 
 
 def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):

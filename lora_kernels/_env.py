@@ -12,6 +12,7 @@ import torch
 from . import _device, reference
 from ._errors import LoraKernelsError
 from .ops import _registry
+from .tuning import store
 
 EXTRAS = {  # optional packages: what they are for
     "triton": "Triton kernels on the GPU",
@@ -20,7 +21,9 @@ EXTRAS = {  # optional packages: what they are for
     "gguf": "reading GGUF models in examples/finetune.py",
     "matplotlib": "plots",
 }
-VARIABLES = ("LORA_KERNELS_BACKEND", "LORA_KERNELS_STRICT", "LORA_KERNELS_CPU_ISA", "TRITON_INTERPRET")
+PREFIX = "LORA_KERNELS_"
+AT_RUN_TIME = tuple(PREFIX + name for name in ("BACKEND", "STRICT", "CPU_ISA", "BATCH_INVARIANT", "CHECK_IDS", "CACHE"))
+KNOWN = (*AT_RUN_TIME, *(PREFIX + name for name in ("CUDA", "ARCHS", "COMMIT", "EMULATE", "ORACLES", "BENCH_UNSLOTH")), "TRITON_INTERPRET")
 NATIVE_FIX = "reinstall from source where a C++ compiler is found: pip install --force-reinstall --no-deps ."
 
 
@@ -58,8 +61,10 @@ def gpu_missing() -> tuple[str, str]:
 
 
 def _fix(backend: str) -> str:
-    if backend == "triton":
-        return gpu_missing()[1] if _device.has_module("triton") else "pip install triton"
+    if backend == "triton" and not _device.has_module("triton"):
+        return "pip install triton"
+    if backend in ("triton", "cuda") and not torch.cuda.is_available():
+        return gpu_missing()[1]
     if backend == "cuda":
         return "build on a machine with nvcc 12.8 or newer: pip install --force-reinstall --no-deps ."
     return NATIVE_FIX
@@ -85,7 +90,8 @@ def backends() -> dict[str, dict]:
             why = "it has no ops yet"
         entry: dict = {"usable": why is None}
         if why is not None:
-            entry |= {"why": why, "fix": _fix(name)}
+            why, _, fix = why.partition("; fix: ")  # what a message says itself is nearer to the reason
+            entry |= {"why": why, "fix": fix or _fix(name)}
         elif hasattr(module, "isa"):
             entry["about"] = f"{module.isa()}, of {', '.join(module.isas())}"
         found[name] = entry
@@ -93,25 +99,42 @@ def backends() -> dict[str, dict]:
 
 
 def ops() -> dict[str, dict[str, str]]:
-    """Per op and device the backend that "auto" tries first; a measured plan may still choose another one for a shape."""
+    """Per op and device the backend that a call tries first; a measured plan may still choose another one for a shape."""
     usable = {name for name, entry in backends().items() if entry["usable"]}
+    try:
+        wanted = _device.env_backend()
+    except LoraKernelsError:
+        wanted = "auto"
     chosen: dict[str, dict[str, str]] = {}
     for op in reference.OPS:
         chosen[op] = {}
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             ladder = _registry.LADDERS[device]
-            chosen[op][device] = next(b for b in ladder if b in usable and op in _registry.provider(b).OPS)
+            first = (wanted,) if wanted in ladder else ()
+            chosen[op][device] = next(b for b in first + ladder if b in usable and op in _registry.provider(b).OPS)
     return chosen
 
 
 def variables() -> dict[str, str]:
-    """The environment variables that are set, with a remark on those that cannot be used."""
-    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    """The environment variables that are set."""
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in KNOWN)
+    return {name: os.environ[name] for name in (*KNOWN, *unknown) if name in os.environ}
+
+
+def _remark(name: str) -> str:
+    """Why this variable or its value is of no use, or nothing."""
+    if name not in KNOWN:
+        return f"nothing reads it; allowed: {', '.join(AT_RUN_TIME)}"
+    if name == "LORA_KERNELS_CACHE" and store.user_folder().is_file():
+        return "it is a file; allowed: a folder"
     try:
-        _device.env_backend()
+        if name == "LORA_KERNELS_BACKEND":
+            _device.env_backend()
+        elif name == "LORA_KERNELS_CPU_ISA":
+            _registry.provider("cpu")
     except LoraKernelsError as error:
-        found["LORA_KERNELS_BACKEND"] += f"  ({error})"
-    return found
+        return str(error)
+    return ""
 
 
 def collect() -> dict:
@@ -130,5 +153,6 @@ def collect() -> dict:
         "packages": {name: version(name) for name in EXTRAS},
         "backends": backends(),
         "ops": ops(),
-        "variables": variables(),
+        "variables": (found := variables()),
+        "remarks": {name: remark for name in found if (remark := _remark(name))},
     }

@@ -47,7 +47,7 @@ def env(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     console = _console()
-    table = _table("This machine", "what", "found", "how to get what is missing")
+    table = _table("This machine", "what", "found", "how to get what is missing or wrong")
     cpu, torch_ = facts["cpu"], facts["torch"]
     table.add_row("lora_kernels", f"{facts['lora_kernels']}, Python {facts['python']}, {facts['platform']}")
     table.add_row("torch", f"{torch_['version']}, CUDA {torch_['cuda'] or 'none'}")
@@ -60,7 +60,7 @@ def env(args: argparse.Namespace) -> int:
     for name, version in facts["packages"].items():
         table.add_row(name, version or "missing", "" if version else f"pip install {name} (for {_env.EXTRAS[name]})")
     for name, value in facts["variables"].items():
-        table.add_row(name, value)
+        table.add_row(name, value, facts["remarks"].get(name, ""))
     console.print(table)
 
     table = _table("Backends", "backend", "usable", "about, or why not", "how to get it")

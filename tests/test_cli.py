@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,10 +33,48 @@ def test_env_names_every_backend_op_and_remedy(capsys):
         assert name in text
 
 
-def test_env_shows_an_unusable_variable_instead_of_failing(monkeypatch, capsys):
+def test_env_shows_every_variable_that_is_set_and_what_is_wrong_with_it(monkeypatch, capsys, tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    documented = set(re.findall(r"`(LORA_KERNELS_\w+)`", readme))
+    assert documented <= set(_env.KNOWN)
+    for name in documented:
+        monkeypatch.setenv(name, "1")
+    (tmp_path / "file").touch()
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "tpu")
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("LORA_KERNELS_STRCIT", "1")
+    assert cli.main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert documented | {"LORA_KERNELS_STRCIT"} <= facts["variables"].keys()
+    assert "names no backend" in facts["remarks"]["LORA_KERNELS_BACKEND"]
+    assert "allowed: a folder" in facts["remarks"]["LORA_KERNELS_CACHE"]
+    assert "LORA_KERNELS_STRICT" in facts["remarks"]["LORA_KERNELS_STRCIT"]
+    assert "LORA_KERNELS_STRICT" not in facts["remarks"]
     assert cli.main(["env"]) == 0
     assert "names no backend" in " ".join(capsys.readouterr().out.split())
+
+
+def test_env_names_the_instruction_sets_when_a_wrong_one_is_asked_for():
+    """In a process of its own: the engine looks once."""
+    if isinstance(provider := _registry.provider("cpu"), str):
+        pytest.skip(provider)
+    env = os.environ | {"LORA_KERNELS_CPU_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-m", "lora_kernels", "env", "--json"], env=env, capture_output=True, text=True)
+    facts = json.loads(done.stdout)
+    for said in (facts["backends"]["cpu"]["why"], facts["remarks"]["LORA_KERNELS_CPU_ISA"]):
+        assert "got 'avx1024'; allowed: " in said
+        assert "portable" in said
+    assert facts["backends"]["cpu"]["fix"] == "unset it or name one of these"
+
+
+def test_env_advises_no_compiler_where_a_gpu_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _env.backends()["cuda"]["fix"] == _env.gpu_missing()[1]
+
+
+def test_env_knows_the_backend_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "reference")
+    assert {chosen["cpu"] for chosen in _env.ops().values()} == {"reference"}
 
 
 def test_env_picks_what_the_registry_would_run():

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 
@@ -141,7 +142,7 @@ def elsewhere(verb: str, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 fine, 1 a check failed, 2 cannot be done as asked, 130 interrupted."""
+    """Exit codes: 0 fine, 1 a check failed, 2 cannot be done as asked, 130 interrupted, 141 nobody reads the output."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="LoRA kernels: what runs here, whether it is right, how fast it is.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="env | check | bench | tune")
     one = verbs.add_parser("env", help="what is usable here, the backend of each op, and how to get what is missing")
@@ -156,10 +157,16 @@ def main(argv: list[str] | None = None) -> int:
     if rest and args.verb not in ELSEWHERE:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if args.verb in ELSEWHERE:
-            return elsewhere(args.verb, rest)
-        return {"env": env, "check": check}[args.verb](args)
+        code = elsewhere(args.verb, rest) if args.verb in ELSEWHERE else {"env": env, "check": check}[args.verb](args)
+        sys.stdout.flush()
+        return code
     except LoraKernelsError as error:
+        print(f"lora-kernels {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `lora-kernels ... | head`: who read it has gone, and so would Python's own flush at the end find out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # the disk is full or gone
         print(f"lora-kernels {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -194,7 +194,7 @@ def test_gpu_options_are_refused_on_a_cpu(fake, option):
     assert fake.measured == []
 
 
-@pytest.mark.parametrize("size", ["64", "axb", "1x2x3"])
+@pytest.mark.parametrize("size", ["64", "axb", "1x2x3", "0x5"])
 def test_size_that_is_none(fake, size):
     with pytest.raises(lk.LoraValueError, match="KxN"):
         tune.main(["--device", "cpu", "--size", size])
@@ -241,6 +241,9 @@ BAD = {
     "cuda-column0-rank-128": ("Test GPU", [{**GOOD, "M": 1, "R": 128, "plan": {**CUDA, "form": "column0", "block_n": 256}}], "no kernel does"),
     "cuda-masked-tile": ("Test GPU", [{**GOOD, "M": 1, "op": "dx", "dropout": True, "plan": CUDA}], "no kernel does this plan"),
     "no-plan": ("Test GPU", [{**GOOD, "M": 1}], "KeyError"),
+    "no-tokens": ("Test GPU", [{**GOOD, "M": 0, "plan": PLAN}], "M is no number of tokens"),
+    "block-of-100": ("Test GPU", [{**GOOD, "M": 1, "plan": {**PLAN, "block_m": 100}}], "no kernel does this plan"),
+    "warps-in-words": ("Test GPU", [{**GOOD, "M": 1, "plan": {**PLAN, "warps": "8"}}], "no kernel does this plan"),
 }
 
 
@@ -270,8 +273,12 @@ def test_cpu_forms_come_from_the_users_table(lookups, monkeypatch):
 BAD_ROWS = {
     "foreign": ("avx512", [], "another instruction set"),
     "unknown-form": ("avx2", [{**ROW, "forms": [[1, "spiral"]]}], "spiral"),
-    "size-0": ("avx2", [{**ROW, "N": 0, "forms": [[1, "torch"]]}], "a size below 1"),
+    "size-0": ("avx2", [{**ROW, "N": 0, "forms": [[1, "torch"]]}], "'N': 0"),
     "no-forms": ("avx2", [ROW], "KeyError"),
+    "empty-forms": ("avx2", [{**ROW, "forms": []}], "a row cannot be used"),
+    "no-op": ("avx2", [{key: value for key, value in ROW.items() if key != "op"} | {"forms": [[1, "torch"]]}], "KeyError: 'op'"),
+    "other-dtype": ("avx2", [{**ROW, "dtype": "int8", "forms": [[1, "torch"]]}], "a row cannot be used"),
+    "size-nan": ("avx2", [{**ROW, "K": float("nan"), "forms": [[1, "torch"]]}], "a row cannot be used"),
 }
 
 
@@ -284,6 +291,42 @@ def test_bad_cpu_table_is_left_out_with_one_line(lookups, monkeypatch, caplog, i
         assert cpu.FORMS[cpu.form("fwd", 0, 500, 32, 64)] == "panels"  # the rule of thumb
     assert len(caplog.records) == 1
     assert words in caplog.text
+
+
+@pytest.mark.parametrize("spoil", ["unreadable", "a folder", "nested"])
+def test_table_that_cannot_even_be_read(lookups, monkeypatch, caplog, spoil):
+    """Neither the file system nor the JSON may stop a layer."""
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    monkeypatch.setattr(store, "SHIPPED", lookups / "none")
+    path = lookups / cpu.table_name("avx2")
+    path.write_text("[" * 100_000 if spoil == "nested" else "")
+    if spoil != "nested":
+        method, error = {"unreadable": ("is_file", PermissionError), "a folder": ("read_text", IsADirectoryError)}[spoil]
+
+        def fails(self, *args):
+            raise error(13, "no", str(self))
+
+        monkeypatch.setattr(type(path), method, fails)
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        assert cpu.FORMS[cpu.form("fwd", 0, 500, 32, 64)] == "panels"
+    assert "is not used" in caplog.text
+
+
+@pytest.mark.parametrize("option", [["--rank", "0"], ["--tokens", "-1"], ["--seconds", "nan"], ["--compile", "0"]], ids="-".join)
+def test_numbers_that_make_no_sense(fake, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        tune.main([*ARGS, *option])
+    assert stop.value.code == 2
+    assert f"{option[1]} is not at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(fake, monkeypatch, tmp_path, place):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / place))
+    with pytest.raises(lk.LoraValueError, match="cannot be written to; got .*LORA_KERNELS_CACHE"):
+        tune.main(ARGS)
+    assert fake.measured == []
 
 
 def test_cpu_table_is_packed_as_it_is_read(lookups):

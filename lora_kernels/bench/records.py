@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .._errors import LoraValueError, message
+from .files import write_whole
 from .shapes import Case
 from .timing import Ratio
 
@@ -20,7 +21,6 @@ class Writer:
     def __init__(self, folder: Path, suite: str, provenance: dict, roofs: dict):
         self.path = folder / f"{suite}.json"
         self.data = {"schema": SCHEMA, "suite": suite, "complete": False, "provenance": provenance, "roofs": roofs, "records": []}
-        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, record: dict) -> None:
         self.data["records"].append(record)
@@ -32,9 +32,7 @@ class Writer:
         self._write()
 
     def _write(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(part, self.path)
+        write_whole(self.path, json.dumps(self.data, indent=1) + "\n")
 
 
 def read(path: Path) -> dict:
@@ -43,14 +41,15 @@ def read(path: Path) -> dict:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise LoraValueError(message(f"{path} cannot be read", f"{type(error).__name__}: {error}", fix="run lora-kernels bench again")) from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA or data.get("suite") not in SUITES:
+    ours = isinstance(data, dict) and data.get("schema") == SCHEMA and data.get("suite") in SUITES
+    if not ours or not isinstance(data.get("records"), list) or not isinstance(data.get("provenance"), dict):
         raise LoraValueError(message(f"{path} is no results file of this version", allowed=f"schema {SCHEMA}", fix="run lora-kernels bench again"))
     return data
 
 
-def read_folder(folder: Path) -> dict[str, dict]:
+def read_folder(folder: Path, suites: Sequence[str] = SUITES) -> dict[str, dict]:
     """Suite -> its file's content, for those that are there."""
-    return {suite: read(folder / f"{suite}.json") for suite in SUITES if (folder / f"{suite}.json").is_file()}
+    return {suite: read(folder / f"{suite}.json") for suite in suites if (folder / f"{suite}.json").is_file()}
 
 
 def case_of(record: dict) -> Case:

@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from .. import _device
-from . import contestants, contestants_batched, plots, provenance, records, report, roofs, shapes, steps
+from .._errors import LoraValueError, message
+from . import arguments, contestants, contestants_batched, files, plots, provenance, records, report, roofs, shapes, steps
 from .measure import measure
 
 GRIDS = {"quick": shapes.quick, "cpu": shapes.cpu, "gpu": shapes.gpu, "full": shapes.full}
 BUDGET = {"quick": 0.7, "cpu": 2.0, "gpu": 0.6, "full": 1.0}  # seconds of timing per case
+MATPLOTLIB = "pip install matplotlib"
 MODELS = {"quick": (steps.QUICK,), "cpu": (steps.QUICK, steps.CPU), "gpu": (steps.GPU,), "full": (steps.GPU,)}
 
 
@@ -23,22 +26,26 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lora-kernels bench", description="Speed and memory against PyTorch and PEFT, each checked against float64."
     )
-    parser.add_argument("--quick", action="store_true", help="one projection of a small model: under 90 s on 2 cores")
-    parser.add_argument("--full", action="store_true", help="every model, projection, rank, token count and mode; hours")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one projection of a small model: under 90 s on 2 cores")
+    size.add_argument("--full", action="store_true", help="every model, projection, rank, token count and mode; hours")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--suite", choices=records.SUITES, action="append", help="only this one; may be repeated")
     parser.add_argument(
         "--out", type=Path, help="folder for JSON and PNG; default benchmarks/results/<device> in a checkout, else ./lora-kernels-bench/<device>"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--threads", type=arguments.at_least(1), help="CPU threads of torch")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         help="of most cases; default bfloat16, on a CPU for which PyTorch has no fast 16-bit product float32",
     )
-    parser.add_argument("--minutes", type=float, help="start no further case after this time; what was measured is kept")
+    parser.add_argument("--minutes", type=arguments.above_0, help="start no further case after this time; what was measured is kept")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="only draw the plots of an existing results folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.plots and any(value for name, value in vars(args).items() if name != "plots"):
+        parser.error("--plots only draws: it goes with no other option")
+    return args
 
 
 def default_folder(device: torch.device, quick: bool) -> Path:
@@ -55,7 +62,7 @@ class _Clock:
     """Deals out `--minutes`: no suite starves the next."""
 
     def __init__(self, minutes: float | None, suites: list[str]):
-        self.end = time.monotonic() + 60 * minutes if minutes else None
+        self.end = time.monotonic() + 60 * minutes if minutes is not None else None
         self.suites = list(suites)
 
     def deadline(self, suite: str) -> float:
@@ -82,18 +89,34 @@ def _measure(suite: str, case, device: torch.device, budget: float) -> dict:
     return measure(case, who, device, budget)
 
 
+def _only_draw(folder: Path, out: Console) -> int:
+    if not _device.has_module("matplotlib"):
+        raise LoraValueError(message("--plots: matplotlib is not installed", fix=MATPLOTLIB))
+    if not (found := records.read_folder(folder)):
+        allowed = f"a folder with {' or '.join(f'{suite}.json' for suite in records.SUITES)}"
+        raise LoraValueError(message(f"--plots: no results in {folder}", allowed=allowed, fix="run lora-kernels bench --out FOLDER first"))
+    files.check_writable(folder, "--plots", "copy it to a place of yours")
+    drawn = plots.draw(folder)
+    for path in drawn:
+        out.print(f"wrote {path}")
+    if not drawn:
+        got = ", ".join(f"{len(data['records'])} cases of {suite}" for suite, data in found.items())
+        raise LoraValueError(message("--plots: nothing to draw", got, "two token counts, ranks or adapter counts of one layer at least"))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     out = report.console()
     if args.plots:
-        for path in plots.draw(args.plots):
-            out.print(f"wrote {path}")
-        return 0
+        return _only_draw(args.plots, out)
+    device = arguments.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     grid = "quick" if args.quick else "full" if args.full else "gpu" if device.type == "cuda" else "cpu"
-    folder = args.out or default_folder(device, args.quick)
+    folder, suites = args.out or default_folder(device, args.quick), list(dict.fromkeys(args.suite or records.SUITES))
+    files.check_writable(folder, "--out", "name another one with --out")
+    records.read_folder(folder, [suite for suite in records.SUITES if suite not in suites])  # a damaged one is better found before the work
     out.print(f"{provenance.device_name(device)}, {torch.get_num_threads()} CPU threads; every contestant is checked against float64 first")
     where = provenance.collect(device)
     ceilings = {"bytes_per_s": roofs.bandwidth(device), "flops_per_s": {d: roofs.flops(device, d) for d in ("bfloat16", "float32")}}
@@ -103,8 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = args.dtype or ("float32" if roofs.slow_16_bit(device) else "bfloat16")
     if not args.dtype and dtype == "float32":
         out.print("PyTorch has no fast 16-bit product here: most cases in float32 (--dtype bfloat16 forces the others)")
-    suites = args.suite or list(records.SUITES)
-    clock, cut = _Clock(args.minutes, suites), []
+    clock, cut, wrote = _Clock(args.minutes, suites), [], []
     for suite in suites:
         why = steps.missing() if suite == "steps" else None
         if why:
@@ -118,17 +140,19 @@ def main(argv: list[str] | None = None) -> int:
             record = _measure(suite, case, device, BUDGET[grid])
             writer.add(record)
             report.print_record(out, suite, record)
+        if not writer.data["records"]:  # what an earlier run measured stays
+            continue
+        wrote.append(writer.path)
         writer.close(complete=len(writer.data["records"]) == len(cases), clocks_after=provenance.clocks(device))
-    files = records.read_folder(folder)
-    report.print_end(out, files)
+    report.print_end(out, records.read_folder(folder))
     if cut:
         out.print(f"cut off by --minutes {args.minutes:g}: {'; '.join(cut)}; the files hold what was measured (complete: false)")
     if _device.has_module("matplotlib"):
         for path in plots.draw(folder):
             out.print(f"wrote {path}")
     else:
-        out.print("no plots: matplotlib is not installed (pip install 'lora-kernels[bench]')")
-    out.print(f"wrote {', '.join(f'{folder / suite}.json' for suite in files)}")
+        out.print(f"no plots: matplotlib is not installed ({MATPLOTLIB})")
+    out.print(f"wrote {', '.join(map(str, wrote))}" if wrote else "nothing was measured, nothing was written")
     return 0
 
 

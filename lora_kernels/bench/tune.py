@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .._errors import LoraValueError, message
 from ..tuning import store
-from . import provenance, report, shapes
+from . import arguments, provenance, report, shapes
+from .files import check_writable, write_whole
 
 DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
 QUICK = {"size": ["4096x4096", "4096x14336", "14336x4096"], "tokens": [8192], "rank": [16, 64]}  # q, gate_up and down of Llama-3-8B
@@ -90,10 +90,7 @@ class TableFile:
 
     def add(self, entry: dict, where: dict) -> None:
         self.entries.append(entry)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({**self.tuned.head(), "provenance": where, **self.tuned.pack(self.entries)}, indent=1) + "\n")
-        os.replace(part, self.path)
+        write_whole(self.path, json.dumps({**self.tuned.head(), "provenance": where, **self.tuned.pack(self.entries)}, indent=1) + "\n")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -101,12 +98,19 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--model", choices=sorted(shapes.MODELS), action="append", help=f"whose projections; default {', '.join(DEFAULT_MODELS)}")
     parser.add_argument("--size", metavar="KxN", action="append", help="a projection from K to N features, instead of a model's; may be repeated")
-    parser.add_argument("--tokens", type=int, action="append", help="an M to measure; may be repeated")
-    parser.add_argument("--rank", type=int, action="append", help="an R to measure; may be repeated")
+    parser.add_argument("--tokens", type=arguments.at_least(1), action="append", help="an M to measure; may be repeated")
+    parser.add_argument("--rank", type=arguments.at_least(1), action="append", help="an R to measure; may be repeated")
     parser.add_argument("--ship", action="store_true", help="write into the package (tuning/configs) instead of the user's cache folder")
     parser.add_argument("--quick", action="store_true", help="GPU: few large problems and Triton tiles")
-    parser.add_argument("--compile", type=int, metavar="N", help="GPU: only compile the Triton candidates, in N processes, and time nothing")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further problem after this time; what was measured is kept")
+    parser.add_argument(
+        "--compile", type=arguments.at_least(1), metavar="N", help="GPU: only compile the Triton candidates, in N processes, and time nothing"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=arguments.at_least(0, float),
+        default=float("inf"),
+        help="start no further problem after this time; what was measured is kept",
+    )
     parser.add_argument("--again", action="store_true", help="forget what the table holds and measure anew")
     args = parser.parse_args(argv)
     if args.quick:
@@ -129,14 +133,16 @@ def _parse_size(text: str) -> tuple[int, int]:
     try:
         k, n = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise LoraValueError(message("--size is no size", repr(text), "KxN, e.g. 4096x14336")) from None
+        k = n = 0
+    if min(k, n) < 1:
+        raise LoraValueError(message("--size is no size", repr(text), "KxN, e.g. 4096x14336"))
     return k, n
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     out = report.console()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = arguments.device(args.device)
     if device.type != "cuda" and (args.quick or args.compile):
         raise LoraValueError(message("--quick and --compile are for GPUs", device.type, "cuda", "name --size and --tokens instead"))
     tuned = target(device, args.quick)
@@ -146,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     name = provenance.device_name(device)
     path = (store.SHIPPED if args.ship else store.user_folder()) / tuned.file_name()
+    if not args.compile:
+        check_writable(path.parent, "lora-kernels tune", "name another one in LORA_KERNELS_CACHE")
     table = TableFile(path, tuned, args.again)
     sizes = [_parse_size(text) for text in args.size] if args.size else sizes_of(args.model or list(DEFAULT_MODELS))
     jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))

@@ -33,9 +33,12 @@ def read_rows(path: Path, isa: str) -> list[dict]:
     content = json.loads(path.read_text())
     if content["isa"] != isa:
         raise LoraValueError(message("it belongs to another instruction set", repr(content["isa"]), repr(isa), "run `lora-kernels tune` here"))
-    unknown = {form for row in content["rows"] for _, form in row["forms"]} - set(FORMS)
-    if unknown or any(min(row["N"], row["K"], *(M for M, _ in row["forms"])) < 1 for row in content["rows"]):
-        raise LoraValueError(message("its rows cannot be used", sorted(unknown) or "a size below 1", ", ".join(FORMS)))
+    for row in content["rows"]:
+        sizes, forms = (row["N"], row["K"], *(M for M, _ in row["forms"])), [form for _, form in row["forms"]]
+        named = row["op"] in ("fwd", "bwd") and row["dtype"] in DTYPES and forms and set(forms) <= set(FORMS)
+        if not named or not all(type(size) is int and 1 <= size < 2**63 for size in sizes):
+            allowed = f"op fwd or bwd; dtype {', '.join(DTYPES)}; sizes from 1; forms {', '.join(FORMS)}"
+            raise LoraValueError(message("a row cannot be used", repr(row)[:200], allowed, "run `lora-kernels tune --device cpu --again`"))
     return content["rows"]
 
 

@@ -43,6 +43,10 @@ def _key(problem: Problem) -> tuple:
     return (problem.op, problem.N, problem.K, problem.R, problem.dtype, problem.dropout)
 
 
+def _power(value: int, least: int = 1) -> bool:
+    return type(value) is int and value >= least and not value & (value - 1)
+
+
 def read_plan(raw: dict, problem: Problem) -> Plan:
     """The plan of this problem from its JSON form, checked."""
     names = {f.name for f in fields(Plan)}
@@ -55,9 +59,9 @@ def read_plan(raw: dict, problem: Problem) -> Plan:
     if plan.implementation == "cuda":
         exists = replace(plan, group_m=8) in cuda_plans(problem)
     else:
-        exists = min(plan.block_k, plan.warps, plan.stages) >= 1
+        exists = all(_power(size, 16) for size in (plan.block_m, plan.block_n, plan.block_k)) and _power(plan.warps) and plan.stages >= 1
     if not exists or plan.group_m < 1:
-        allowed = "for cuda those of plan.cuda_plans, with any group_m from 1; else numbers from 1"
+        allowed = "for cuda those of plan.cuda_plans, else blocks that are powers of 2 from 16 and warps from 1; any group_m and stages from 1"
         raise LoraValueError(message("tuning table: no kernel does this plan", f"{plan} for {problem}", allowed, "run `lora-kernels tune --again`"))
     return plan
 
@@ -76,6 +80,8 @@ def read_table(path: Path, device: str) -> Table:
     for entry in read_entries(path, device):
         dtype = getattr(torch, entry["dtype"])
         problem = Problem(entry["op"], entry["M"], entry["N"], entry["K"], entry["R"], dtype, entry.get("dropout", False))
+        if type(problem.M) is not int or problem.M < 1:
+            raise LoraValueError(message("M is no number of tokens", repr(problem.M)[:80], "an int of at least 1"))
         table.setdefault(_key(problem), []).append((problem.M, read_plan(entry["plan"], problem)))
     return {key: sorted(rows, key=lambda row: row[0]) for key, rows in table.items()}
 
@@ -84,11 +90,11 @@ def readable(name: str, read: Callable[[Path], T]) -> Iterator[T]:
     """The user's table of this file name and the shipped one, where they exist. A damaged or foreign one is left out, with one logged reason."""
     for folder in (user_folder(), SHIPPED):
         path = folder / name
-        if path.is_file():
-            try:
+        try:
+            if path.is_file():
                 yield read(path)
-            except (LoraValueError, ValueError, KeyError, TypeError, AttributeError) as error:
-                warn_once(f"tuning table {path} is not used: {type(error).__name__}: {error}")
+        except (OSError, RecursionError, OverflowError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warn_once(f"tuning table {path} is not used: {type(error).__name__}: {error}")
 
 
 @functools.cache

@@ -1,0 +1,31 @@
+"""Files that hold hours of measuring: a folder that can be written to, known before, and no file that is half written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from .._errors import LoraValueError, message
+
+
+def check_writable(folder: Path, what: str, fix: str) -> None:
+    """Make the folder where it is missing, and write a file in it. Raises LoraValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise LoraValueError(message(f"{what}: {folder} cannot be written to", error.strerror, "a folder of yours", fix)) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file as a whole: readers never see half of it, and where it cannot be written the old one stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,148 @@
+"""`lora-kernels bench` with arguments, folders and disks that cannot be right: one line, exit code 2, no result lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import cli
+from lora_kernels.bench import records, roofs, run, shapes
+
+CASE = shapes.Case("tiny", "q", 4, 8, 8, 2)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """`bench --quick --suite linear` of one case that is not measured, into tmp_path."""
+    measured = []
+
+    def measure(suite, case, device, budget):
+        measured.append(case)
+        return {"case": vars(case), "floor": {"us": 1.0, "bytes": 1, "flops": 1}, "results": {}}
+
+    monkeypatch.setitem(run.GRIDS, "quick", lambda: ([CASE], [CASE]))
+    monkeypatch.setattr(run, "_measure", measure)
+    monkeypatch.setattr(roofs, "bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(roofs, "flops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(roofs, "slow_16_bit", lambda device: False)
+
+    def bench(*argv: str, out: Path = tmp_path) -> int:
+        return cli.main(["bench", "--quick", "--suite", "linear", "--out", str(out), *argv])
+
+    bench.measured = measured
+    return bench
+
+
+def test_a_run_writes_its_suite_alone(quick, tmp_path, capsys):
+    old = {"schema": records.SCHEMA, "suite": "steps", "provenance": {}, "records": []}
+    (tmp_path / "steps.json").write_text(json.dumps(old))
+    assert quick("--suite", "linear") == 0
+    assert quick.measured == [CASE]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"wrote {tmp_path / 'linear.json'}"
+    assert json.loads((tmp_path / "linear.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty", "steps alone"])
+def test_nothing_to_draw(tmp_path, capsys, what):
+    folder = tmp_path / "file" if what == "file" else tmp_path / "none" if what == "missing" else tmp_path
+    (tmp_path / "file").touch()
+    if what == "steps alone":
+        text = json.dumps({"schema": records.SCHEMA, "suite": "steps", "provenance": {}, "records": []})
+        (tmp_path / "steps.json").write_text(text)
+    assert cli.main(["bench", "--plots", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lora-kernels bench: --plots: no")
+    assert err.count("\n") == 1
+
+
+BAD = {
+    "no threads": (["--threads", "0"], "0 is not at least 1"),
+    "no time": (["--minutes", "0"], "0 is not above 0"),
+    "time that runs backwards": (["--minutes", "-1"], "-1 is not above 0"),
+    "time that is no number": (["--minutes", "nan"], "nan is not above 0"),
+    "both sizes": (["--quick", "--full"], "not allowed with"),
+    "drawing and measuring": (["--plots", ".", "--quick"], "goes with no other option"),
+}
+
+
+@pytest.mark.parametrize("argv, says", BAD.values(), ids=BAD)
+def test_bad_arguments(capsys, argv, says):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", *argv])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["bench", "tune"])
+def test_gpu_that_is_not_there(monkeypatch, capsys, verb):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([verb, "--device", "cuda"]) == 2
+    err = capsys.readouterr().err
+    assert "--device cuda: " in err
+    assert "; fix: " in err
+    assert err.count("\n") == 1
+
+
+def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(quick, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert quick(out=tmp_path / "file") == 2
+    assert "cannot be written to" in capsys.readouterr().err
+    assert quick.measured == []
+
+
+def test_damaged_file_of_another_suite_is_found_before_anything_is_measured(quick, tmp_path, capsys):
+    (tmp_path / "batched.json").write_text("{")
+    assert quick() == 2
+    assert "batched.json cannot be read" in capsys.readouterr().err
+    assert quick.measured == []
+
+
+@pytest.mark.parametrize("content", [{"records": []}, {"provenance": {}}, {"records": {}, "provenance": {}}], ids=str)
+def test_results_without_results(tmp_path, content):
+    (tmp_path / "linear.json").write_text(json.dumps({"schema": records.SCHEMA, "suite": "linear"} | content))
+    with pytest.raises(ValueError, match="no results file"):
+        records.read_folder(tmp_path)
+
+
+def test_time_that_is_over_before_the_first_case_costs_no_old_result(quick, tmp_path, capsys):
+    (tmp_path / "linear.json").write_text(json.dumps({"schema": records.SCHEMA, "suite": "linear", "provenance": {}, "records": []}))
+    before = (tmp_path / "linear.json").read_bytes()
+    assert quick("--minutes", "1e-12") == 0
+    assert quick.measured == []
+    assert (tmp_path / "linear.json").read_bytes() == before
+    out = capsys.readouterr().out
+    assert "linear after 0 of 1 cases" in out
+    assert "nothing was written" in out
+
+
+def test_full_disk_leaves_the_old_file_and_no_half_one(quick, monkeypatch, tmp_path, capsys):
+    (tmp_path / "linear.json").write_text("{}")
+    write_text = Path.write_text
+
+    def full(self, text):
+        write_text(self, text[:10])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert quick() == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["linear.json"]
+    assert (tmp_path / "linear.json").read_text() == "{}"
+
+
+def test_reader_that_goes_away(tmp_path):
+    """`lora-kernels env --json | head -1`; rich sees to the tables itself."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "lora_kernels", "env", "--json"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -251,6 +251,22 @@ def test_cpu_lora_batched_linear(benchmark, monkeypatch, row, lean) -> None:
     run(benchmark, lambda: lk.lora_batched_linear(x, weight, None, a, b, meta, backend="cpu", strict=True))
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["f_linear", "lora_batched_linear"])
+def test_cpu_serving_under_autocast(benchmark, row, ours) -> None:
+    """Operands in autocast's dtype already, so that nothing is cast."""
+    x, weight, a, b, meta = (t.to(torch.bfloat16) if isinstance(t, torch.Tensor) else t for t in row)
+    call = (lambda: lk.lora_batched_linear(x, weight, None, a, b, meta, backend="cpu", strict=True)) if ours else (lambda: F.linear(x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(benchmark, call)
+
+
+def test_cpu_shrink_and_expand_under_autocast(benchmark, row) -> None:
+    x, _, a, b, meta = row
+    y = torch.zeros(1, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(benchmark, lambda: lk.lora_expand(y, lk.lora_shrink(x, a, meta, backend="cpu", strict=True), b, meta, backend="cpu", strict=True))
+
+
 def test_cpu_shrink_and_expand(benchmark, row) -> None:
     x, _, a, b, meta = row
     y = torch.zeros(1, 8)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk
-from lora_kernels import LoraValueError
+from lora_kernels import LoraTypeError, LoraValueError
 from lora_kernels.native import signature as native
-from lora_kernels.ops import _serving_path
+from lora_kernels.ops import _registry, _serving_path
 from lora_kernels.ops import lora_linear as op
 
 READERS = {"python": native._from_attributes, "native": native.signature}
@@ -309,6 +309,51 @@ def test_known_shrinks_and_expands(runs, mapping, backend, S, lead) -> None:
         lk.lora_expand(y, h, pools_b, mapping(ids, 3), ranks + 1, backend=backend)
     with pytest.raises(LoraValueError, match="outside the pool"):
         lk.lora_expand(y, h, pools_b, mapping(ids + 3, 3), ranks, backend=backend)
+
+
+@pytest.mark.parametrize("mapping", [lambda ids, L: ids, lk.BatchMeta], ids=["ids", "meta"])
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "lists"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_known_serving_calls_under_autocast(runs, monkeypatch, backend, stacked, mapping) -> None:
+    """As lora_linear: cast like F.linear, the bits of the cast operands, on the lean path from the second call on; and back outside."""
+    x, weights, pools_a, pools_b, ids = batch(S=2)
+    bias = [torch.randn(w.shape[0]) for w in weights]
+    given = (torch.cat(weights), torch.cat(bias)) if stacked else (weights, bias)
+    low = [t.bfloat16() if stacked else [part.bfloat16() for part in t] for t in given]
+    halves = [t.bfloat16() for t in pools_a], [t.bfloat16() for t in pools_b]
+
+    def whole(x, base, pools=(pools_a, pools_b)):
+        y = lk.lora_batched_linear(x, *base, *pools, mapping(ids, 3), backend=backend)
+        return [y] if stacked else list(y)
+
+    def split(y):
+        h = lk.lora_shrink(x, pools_a, mapping(ids, 3), backend=backend)
+        return [h, lk.lora_expand(y.clone(), h, pools_b, mapping(ids, 3), backend=backend)]
+
+    wide, outside = torch.randn(9, sum(w.shape[0] for w in weights)), whole(x, given)
+    want = whole(x.bfloat16(), low), whole(x.bfloat16(), low, halves), split(wide)
+    runs.clear()
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append((whole(x, given), whole(x, given, halves), split(wide)))
+            assert torch.is_autocast_enabled("cpu")
+            with torch.autocast("cpu", enabled=False):
+                assert all(torch.equal(y, z) for y, z in zip(whole(x, given), outside, strict=True))
+        monkeypatch.setattr(_registry, "select", lambda *_: pytest.fail("through the dispatcher"))
+    for got in found:
+        for ours, theirs in zip(got, want, strict=True):
+            assert all(y.dtype == z.dtype and torch.equal(y, z) for y, z in zip(ours, theirs, strict=True))
+    assert len(runs) == 5  # two of the whole op, the halves, and outside
+    assert all(torch.equal(y, z) for y, z in zip(whole(x, given), outside, strict=True))
+
+
+@pytest.mark.parametrize("wrong", ["x", "weight", "pool_a"])
+def test_what_is_no_tensor_is_named_under_autocast_too(wrong) -> None:
+    x, (weight,), (pool_a,), (pool_b,), ids = batch()
+    given = {"x": x, "weight": weight, "pool_a": pool_a} | {wrong: 3}
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(LoraTypeError, match=f"{wrong} is no tensor"):
+        lk.lora_batched_linear(given["x"], given["weight"], None, given["pool_a"], pool_b, ids)
 
 
 @pytest.mark.parametrize("read", [native._pointers, native.addresses], ids=["python", "native"])

@@ -7,6 +7,7 @@ with the leading dimensions `lead`; one of shrink or expand that is marked `take
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from .. import _checks_batched
 from ..native.signature import unobserved_signature
 from . import _registry
 from .batch_meta import BatchMeta, check_ids, check_ranks
-from .lora_linear import any_autocast, keep
+from .lora_linear import _outside_autocast, any_autocast, keep
 
 _OP = "lora_batched_fwd"
 _runs: dict[tuple, Callable] = {}
@@ -28,7 +29,7 @@ def as_list(t: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 def key_of(x: Tensor, tensors: Sequence[Tensor | None], mapping, *options) -> tuple | None:
     """The signature of a call without gradients that nothing can listen to, x and `tensors` its operands; None where there is no lean path."""
-    if torch.compiler.is_compiling() or any_autocast():
+    if torch.compiler.is_compiling():
         return None
     if isinstance(mapping, BatchMeta):
         ids, prepared = mapping.ids, (mapping.num_adapters, mapping.block, mapping.batch_invariant)
@@ -39,7 +40,7 @@ def key_of(x: Tensor, tensors: Sequence[Tensor | None], mapping, *options) -> tu
         return None
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return None
-    return (shown, prepared, *options)
+    return (shown, prepared, any_autocast(), *options)
 
 
 def find(key: tuple | None) -> Callable | None:
@@ -52,6 +53,10 @@ def linear_key(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings, *opt
     biases = (bias,) if bias is None else as_list(bias)
     tensors = (*as_list(weight), *biases, *pools_a, *pools_b, ranks, scalings)
     return key_of(x, tensors, mapping, _OP, len(pools_a), isinstance(weight, Tensor), *options)
+
+
+def _keep(key: tuple, device_type: str, run: Callable, quiet: bool) -> None:
+    keep(_runs, key, functools.partial(_outside_autocast, run, device_type) if any_autocast() else run, quiet)
 
 
 def _unlikely(mapping, first: Tensor) -> bool:
@@ -88,7 +93,7 @@ def remember(key: tuple, x, weight, mapping, ranks, scalings, args: tuple, backe
         ids, table = _checked("lora_batched_linear", mapping, L, ranks, R)
         return call(x, weight, bias, pools_a, pools_b, ids, ranks, scalings, table)
 
-    keep(_runs, key, checked, quiet)
+    _keep(key, flat.device.type, checked, quiet)
 
 
 def remember_shrink(key: tuple, mapping, ranks, scalings, args: tuple, backend: str, strict: bool) -> None:
@@ -108,7 +113,7 @@ def remember_shrink(key: tuple, mapping, ranks, scalings, args: tuple, backend: 
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         return run(flat, [*pools_a], ids, ranks, scalings, table, *more)
 
-    keep(_runs, key, checked, quiet)
+    _keep(key, flat.device.type, checked, quiet)
 
 
 def remember_expand(key: tuple, mapping, ranks, args: tuple, backend: str, strict: bool) -> None:
@@ -124,7 +129,7 @@ def remember_expand(key: tuple, mapping, ranks, args: tuple, backend: str, stric
         ids, table = _checked("lora_expand", mapping, L, ranks, R)
         run(y if y.dim() == 2 else y.view(-1, y.shape[-1]), h, [*pools_b], ids, ranks if direct else _rows_of(ranks, torch.int32, S), table, *more)
 
-    keep(_runs, key, checked, quiet)
+    _keep(key, flat.device.type, checked, quiet)
 
 
 def _rows_of(t: Tensor | None, dtype: torch.dtype, S: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from ..native.signature import has_values
 from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks
-from .lora_linear import PLAIN, _autocasts, _run, draw_seed, refuse_transforms
+from .lora_linear import PLAIN, _autocasts, _run, any_autocast, draw_seed, refuse_transforms
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -238,8 +238,10 @@ def lora_batched_linear(
     op = "lora_batched_linear"
     try:
         pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
+        if torch.compiler.is_compiling() or any_autocast():
+            x, weight, bias = _autocast(x, weight, bias)
     except (AttributeError, TypeError):
-        _checks_batched.check_lists(op, x, pool_a=pool_a, pool_b=pool_b)
+        _checks_batched.check_lists(op, x, weight=weight, pool_a=pool_a, pool_b=pool_b)
         raise
     S, stacked, key = len(pools_a), isinstance(weight, Tensor), None
     if dropout_p is None:
@@ -250,11 +252,6 @@ def lora_batched_linear(
             return y if stacked else y.split([w.shape[0] for w in weight], -1)
     _checks_batched.check_lists(op, x, weight=weight, pool_a=pools_a, pool_b=pools_b)
     refuse_transforms(op, x, *pools_a, *pools_b)
-    if _autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype) if stacked else [w.to(dtype) for w in weight]
-        if bias is not None:
-            bias = bias.to(dtype) if isinstance(bias, Tensor) else [b if b is None else b.to(dtype) for b in bias]
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     L, R = pools_a[0].shape[0], pools_a[0].shape[1] // (S if rank_packed else 1)
     _checks_batched.check_pool_b(op, x, pools_b, S, L, R)
@@ -285,6 +282,16 @@ def lora_batched_linear(
             _serving_path.remember(key, *given, (flat, weights, biases, pools_a, pools_b, *call[:-2]), backend, strict)
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if stacked else y.split([w.shape[0] for w in weights], -1)
+
+
+def _autocast(x, weight, bias):
+    """Under torch.autocast, operands in its dtype, as F.linear takes them."""
+    if not _autocasts(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *as_list(weight), *(() if bias is None else as_list(bias)))]
+    weights, biases = cast[1 : len(as_list(weight)) + 1], cast[len(as_list(weight)) + 1 :]
+    return cast[0], weights[0] if isinstance(weight, Tensor) else weights, biases[0] if isinstance(bias, Tensor) else biases or None
 
 
 def _split_base(op, weight, bias, widths) -> tuple[list[Tensor], list[Tensor | None]]:

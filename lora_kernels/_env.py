@@ -23,7 +23,7 @@ EXTRAS = {  # optional packages: what they are for
 }
 PREFIX = "LORA_KERNELS_"
 AT_RUN_TIME = tuple(PREFIX + name for name in ("BACKEND", "STRICT", "CPU_ISA", "BATCH_INVARIANT", "CHECK_IDS", "CACHE"))
-KNOWN = (*AT_RUN_TIME, *(PREFIX + name for name in ("CUDA", "ARCHS", "COMMIT", "EMULATE", "ORACLES", "BENCH_UNSLOTH")), "TRITON_INTERPRET")
+KNOWN = (*AT_RUN_TIME, *(PREFIX + name for name in ("CUDA", "ARCHS", "COMMIT", "EMULATE", "ORACLES", "BENCH_UNSLOTH", "FAILURES", "TEST_SECONDS")), "TRITON_INTERPRET")
 NATIVE_FIX = "reinstall from source where a C++ compiler is found: pip install --force-reinstall --no-deps ."
 
 

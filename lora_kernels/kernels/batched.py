@@ -252,7 +252,7 @@ def lora_batched_bwd(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scal
     if x.shape[0] == 0:
         zeros = [[p.new_zeros(p.shape) for p in pools] if need else [] for pools, need in ((pools_a, need_da), (pools_b, need_db))]
         return x.new_empty(x.shape if need_dx else 0), *zeros
-    key = _key(dy, x, weights, pools_a, pools_b, ids, ranks, scalings, *more, dropout_p is None, Backward)
+    key = _key(dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, *more, dropout_p is None, Backward)
     return on_device(x, _prepare(Backward, key, *args, *more), *args)
 
 

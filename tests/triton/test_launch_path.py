@@ -93,6 +93,26 @@ assert set(seen) == {name + "_kernel" for name in kernels.split()}, set(seen)
 """)
 
 
+def test_saved_tensors_that_lie_elsewhere_get_launches_of_their_own() -> None:
+    """Kernels are compiled for addresses that are multiples of 16, or are not: also those of h and of the mask."""
+    in_own_process("""
+from lora_kernels import _batch_table
+from lora_kernels.kernels import batched, batched_table
+M, N, K, R, L = 17, 64, 64, 16, 2
+x, dy, ws, pools_a, pools_b = empty(M, K), empty(M, N), [empty(N, K)], [empty(L, R, K)], [empty(L, N, R)]
+ids, p, block = torch.zeros(M, dtype=torch.int32), torch.ones(L), _batch_table.default_block(M, False)
+table = batched_table.build(ids, L, block, ids.new_empty(_batch_table.layout(M, L, block).size))
+h, mask = empty(1, M, R), torch.zeros(M, K // 32, dtype=torch.int32)
+def moved(t):
+    place = t.new_zeros(t.numel() + 1)
+    return place[1:].view(t.shape)
+def prepared(h, mask):
+    batched.lora_batched_bwd(dy, x, ws, pools_a, pools_b, h, mask, ids, None, None, p, table, block, True, True, True)
+    return len(batched._prepared)
+assert [prepared(h, mask), prepared(h, mask), prepared(moved(h), mask), prepared(h, moved(mask))] == [1, 1, 2, 3]
+""")
+
+
 def test_descriptors_are_encoded_once_per_address_and_follow_it() -> None:
     in_own_process("""
 x, w, a, b = empty(192, 80), empty(160, 80), empty(16, 80), empty(160, 16)

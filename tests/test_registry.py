@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,20 @@ def test_a_machine_without_kernels_is_told_once(monkeypatch, caplog):
     assert [r.message for r in caplog.records] == [
         "no kernels on this cpu, plain PyTorch runs instead: cpu: the native module is not built; `lora-kernels env` says more"
     ]
+
+
+def test_a_backend_without_the_op_is_passed_by_in_silence(monkeypatch, caplog):
+    """As the CUDA kernels by the many-adapter ops: the choice may be remembered, and strict does not mind, unless that backend was asked for."""
+    run = object()
+    providers = {"cuda": SimpleNamespace(OPS={}), "triton": SimpleNamespace(OPS={"lora_batched_fwd": (run, lambda *args: None)})}
+    monkeypatch.setattr(_registry, "provider", providers.__getitem__)
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        for strict in (False, True):
+            assert _registry.decide("lora_batched_fwd", "auto", strict, "cuda", ()) == (run, True)
+    assert not caplog.records
+    assert _registry.decide("lora_batched_fwd", "cuda", False, "cuda", ()) == (run, False)
+    with pytest.raises(lk.BackendError, match="it has no lora_batched_fwd"):
+        _registry.decide("lora_batched_fwd", "cuda", True, "cuda", ())
 
 
 def test_environment_chooses(monkeypatch, caplog):

@@ -73,8 +73,9 @@ def decide(op: str, backend: str, strict: bool, device_type: str, args: tuple) -
             if name == "reference" and lacking:
                 warn_once(f"no kernels on this {device_type}, plain PyTorch runs instead: {'; '.join(lacking)}; `lora-kernels env` says more")
             return provider(name).OPS[op][0], quiet
-        # In auto mode a backend that this machine lacks altogether is no surprise, unless it lacks them all.
-        expected = backend == "auto" and isinstance(provider(name), str)
+        # In auto mode a backend that this machine lacks altogether, or that has no such op, is no surprise, unless that holds for all.
+        found = provider(name)
+        expected = backend == "auto" and (isinstance(found, str) or op not in found.OPS)
         if (strict or _device.env_strict()) and not expected:
             fix = "drop strict / LORA_KERNELS_STRICT to fall back, or run `lora-kernels env`"
             raise BackendError(message(f"{op}: backend {name} cannot run this call", reason, fix=fix))

@@ -32,9 +32,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool = False):
         def read(text: str):
             value = kind(text)
-            if not (low < value if open_low else low <= value) or not value <= high:
+            if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
                 raise argparse.ArgumentTypeError(
-                    f"{text} is not {'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
+                    f"{text} is not {'above' if open_low else 'at least'} {low:g} and {f'at most {high:g}' if high < 1e9 else 'finite'}"
                 )
             return value
 

@@ -29,6 +29,8 @@ def load(name: str, dtype: torch.dtype, device: str):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     path = _bundled() if name == DEFAULT else Path(name)
+    if not path.exists() and (path.is_absolute() or path.suffix == ".gguf" or name.startswith((".", "~"))):  # a name on the hub looks otherwise
+        raise UserError(f"--model {name}: there is no such folder or file")
     where, options = str(path), {}
     gguf = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
     if gguf:

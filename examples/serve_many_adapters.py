@@ -62,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
     from models import load, twin
     from text import UserError
 
+    names = [name for name, _ in args.adapter or ()]
+    for name, folder in args.adapter or ():  # known before a minute of loading
+        if names.count(name) > 1:
+            raise UserError(f"--adapter {name}=...: given {names.count(name)} times; give each adapter a name of its own")
+        if not folder.is_dir():
+            raise UserError(f"--adapter {name}={folder}: there is no such folder; give one as written by PEFT's save_pretrained")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; `lora-kernels env` says why")
@@ -118,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nserve_many_adapters: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (UserError, LoraKernelsError) as error:
+    except (UserError, LoraKernelsError, OSError) as error:  # OSError: the disk is full or gone
         print(f"serve_many_adapters: {error}", file=sys.stderr)
         return 2
 

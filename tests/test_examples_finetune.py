@@ -108,10 +108,12 @@ def test_bad_data_is_one_line_and_writes_nothing(run, tmp_path, capsys, name, co
     [
         (["--data", "absent.txt"], "No such file"),
         (["--model", "no-such-org/no-such-model"], "cannot be loaded"),
+        (["--model", "/no/such/model"], "--model /no/such/model: there is no such folder or file"),
+        (["--model", "./model.gguf"], "there is no such folder or file"),
         (["--targets", "q_proj,c_attn"], "no linear module named c_attn"),
         (["--targets", ","], "it has: down_proj"),
     ],
-    ids=["no-file", "no-model", "no-target", "empty-targets"],
+    ids=["no-file", "no-model", "no-folder", "no-gguf", "no-target", "empty-targets"],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(run, tmp_path, capsys, argv, says):
     assert run(*argv) == 2
@@ -121,7 +123,9 @@ def test_bad_arguments_are_one_line_and_write_nothing(run, tmp_path, capsys, arg
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv", [["--r", "0"], ["--dropout", "1"], ["--steps", "-3"], ["--alpha", "0"], ["--dtype", "int8"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["--r", "0"], ["--dropout", "1"], ["--steps", "-3"], ["--alpha", "0"], ["--lr", "inf"], ["--dtype", "int8"]], ids=" ".join
+)
 def test_bad_numbers_are_refused_before_anything_is_loaded(argv):
     with pytest.raises(SystemExit) as stop:
         finetune.main(argv)

@@ -76,17 +76,28 @@ def test_interrupt(run, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "argv, text",
     [
-        (["--adapter", "x=/nowhere"], "no such adapter folder"),
-        (["--model", "/nowhere"], "--model /nowhere: cannot be loaded"),
+        (["--adapter", "x=/nowhere"], "--adapter x=/nowhere: there is no such folder"),
+        (["--adapter", "x=/", "--adapter", "x=/tmp"], "--adapter x=...: given 2 times"),
+        (["--adapter", "x=/"], "adapter_config.json cannot be opened"),
+        (["--model", "/nowhere"], "--model /nowhere: there is no such folder"),
         (["--steps", "100000"], "--steps 100000: the text of reference has"),
     ],
-    ids=["adapter", "model", "steps"],
+    ids=["adapter", "twice", "no adapter", "model", "steps"],
 )
 def test_errors_are_one_clear_line(run, capsys, argv, text):
     assert run(*argv) == 2
     err = capsys.readouterr().err
     assert text in err
     assert "Traceback" not in err
+
+
+def test_full_disk_is_one_clear_line(run, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(serving, "train_adapters", full)
+    assert run() == 2
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_rank_above_the_pools(run, folder, capsys):

@@ -23,6 +23,13 @@ def check_lists(op: str, x: object, **lists: object) -> None:
             check_tensors(op, **{name: t})
 
 
+def check_bias(op: str, bias: object) -> None:
+    """None, a tensor, or a list or tuple of either."""
+    for b in bias if isinstance(bias, (list, tuple)) else [bias]:
+        if b is not None:
+            check_tensors(op, bias=b)
+
+
 def check_pool_a(op: str, x: Tensor, pools_a: list[Tensor], rank_packed: bool) -> None:
     """Every pool_a is `[L, R, K]` (rank_packed: `[L, S R, K]`), K being x's, all of one shape, in x's dtype or float32."""
     K, S = x.shape[-1], len(pools_a)

@@ -67,6 +67,11 @@ class LoraLinear(nn.Module):
         if type(linear) is not nn.Linear:
             raise LoraTypeError(message("LoraLinear.from_linear: no plain linear layer", type(linear).__name__, "torch.nn.Linear"))
         _check_options(r, lora_alpha, lora_dropout, backend)
+        if linear.weight.dtype not in _checks.DTYPES:
+            allowed = ", ".join(map(str, _checks.DTYPES))
+            raise LoraTypeError(
+                message("LoraLinear.from_linear: a dtype that cannot be computed with", linear.weight.dtype, allowed, "linear.to(dtype)")
+            )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._build(linear, r, lora_alpha, lora_dropout, use_rslora, backend)
@@ -137,9 +142,9 @@ class LoraLinear(nn.Module):
 
 def _check_options(r: int, lora_alpha: float, lora_dropout: float, backend: str) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise LoraValueError(message("LoraLinear: r is no rank", r, "an int >= 1", "use nn.Linear for no adapter"))
-    if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise LoraValueError(message("LoraLinear: lora_alpha is not finite", lora_alpha, "a finite number"))
+        raise LoraValueError(message("LoraLinear: r is no rank", repr(r), "an int >= 1", "use nn.Linear for no adapter"))
+    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not math.isfinite(lora_alpha):
+        raise LoraValueError(message("LoraLinear: lora_alpha is not finite", repr(lora_alpha), "a finite number"))
     if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
         raise LoraValueError(message("LoraLinear: lora_dropout is no dropout probability", lora_dropout, "a number in [0, 1)"))
     _checks.check_backend("LoraLinear", backend)

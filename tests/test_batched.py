@@ -246,6 +246,8 @@ ERRORS = {
     "x_number": (dict(x=lambda a: torch.ones(())), LoraValueError, "x has no dimension"),
     "x_sparse": (dict(x=lambda a: a["x"].to_sparse()), LoraTypeError, "x has an unsupported layout"),
     "weights_of_a_generator": (dict(weight=lambda a: (w for w in [a["weight"]])), LoraTypeError, "weight is no tensor; got generator"),
+    "bias_number": (dict(bias=lambda a: 3.0), LoraTypeError, "bias is no tensor; got float"),
+    "bias_of_numbers": (dict(weight=lambda a: [a["weight"]], bias=lambda a: [3.0]), LoraTypeError, "bias is no tensor; got float"),
     "no_outputs": (dict(weight=lambda a: a["weight"][:0], bias=lambda a: None, pool_b=lambda a: a["pool_b"][:, :0]), LoraValueError, "N >= 1"),
     "no_inputs": (dict(x=lambda a: a["x"][:, :0], pool_a=lambda a: a["pool_a"][..., :0]), LoraValueError, "K >= 1"),
     "dropout_above_1": (dict(dropout_p=lambda a: torch.tensor([0.5, 1.5])), LoraValueError, "no probability; got 0.5 to 1.5"),

@@ -217,7 +217,8 @@ BAD = {
     "rank 2.5": ({"r": 2.5}, "r is no rank"),
     "NaN alpha": ({"lora_alpha": float("nan")}, "lora_alpha is not finite; got nan"),
     "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha is not finite"),
-    "alpha as text": ({"lora_alpha": "16"}, "lora_alpha is not finite"),
+    "alpha as text": ({"lora_alpha": "16"}, "lora_alpha is not finite; got '16'"),
+    "alpha as a flag": ({"lora_alpha": True}, "lora_alpha is not finite; got True"),
     "dropout 1": ({"lora_dropout": 1.0}, r"lora_dropout is no dropout probability; got 1.0; allowed: a number in \[0, 1\)"),
     "dropout below 0": ({"lora_dropout": -0.1}, "lora_dropout is no"),
     "NaN dropout": ({"lora_dropout": float("nan")}, "lora_dropout is no"),
@@ -242,3 +243,11 @@ def test_from_linear_takes_no_other_layer():
     for layer in (Quantised(4, 4), nn.Embedding(4, 4)):
         with pytest.raises(lk.LoraTypeError, match="no plain linear layer"):
             lk.LoraLinear.from_linear(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_base_layer_of_a_dtype_that_cannot_be_computed_with(dtype):
+    linear = torch.nn.Linear(4, 4).to(dtype)
+    with pytest.raises(lk.LoraTypeError, match=f"cannot be computed with; got {dtype}; allowed: torch.bfloat16"):
+        lk.LoraLinear.from_linear(linear)
+    assert linear.weight.requires_grad

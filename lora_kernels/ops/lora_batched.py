@@ -240,17 +240,18 @@ def lora_batched_linear(
         pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
         if torch.compiler.is_compiling() or any_autocast():
             x, weight, bias = _autocast(x, weight, bias)
+        given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
+        key = None if dropout_p is not None else _serving_path.linear_key(*given, rank_packed, batch_invariant, backend, strict)
     except (AttributeError, TypeError):
         _checks_batched.check_lists(op, x, weight=weight, pool_a=pool_a, pool_b=pool_b)
+        _checks_batched.check_bias(op, bias)
         raise
-    S, stacked, key = len(pools_a), isinstance(weight, Tensor), None
-    if dropout_p is None:
-        given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
-        key = _serving_path.linear_key(*given, rank_packed, batch_invariant, backend, strict)
-        if (run := _serving_path.find(key)) is not None:
-            y = run(*given)
-            return y if stacked else y.split([w.shape[0] for w in weight], -1)
+    S, stacked = len(pools_a), isinstance(weight, Tensor)
+    if (run := _serving_path.find(key)) is not None:
+        y = run(*given)
+        return y if stacked else y.split([w.shape[0] for w in weight], -1)
     _checks_batched.check_lists(op, x, weight=weight, pool_a=pools_a, pool_b=pools_b)
+    _checks_batched.check_bias(op, bias)
     refuse_transforms(op, x, *pools_a, *pools_b)
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     L, R = pools_a[0].shape[0], pools_a[0].shape[1] // (S if rank_packed else 1)

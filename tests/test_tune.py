@@ -324,7 +324,7 @@ def test_numbers_that_make_no_sense(fake, capsys, option):
 def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(fake, monkeypatch, tmp_path, place):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / place))
-    with pytest.raises(lk.LoraValueError, match="cannot be written to; got .*LORA_KERNELS_CACHE"):
+    with pytest.raises(lk.LoraValueError, match="^the table.s folder: .* cannot be written to; got .*LORA_KERNELS_CACHE"):
         tune.main(ARGS)
     assert fake.measured == []
 

@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     name = provenance.device_name(device)
     path = (store.SHIPPED if args.ship else store.user_folder()) / tuned.file_name()
     if not args.compile:
-        check_writable(path.parent, "lora-kernels tune", "name another one in LORA_KERNELS_CACHE")
+        check_writable(path.parent, "the table's folder", "name another one in LORA_KERNELS_CACHE")
     table = TableFile(path, tuned, args.again)
     sizes = [_parse_size(text) for text in args.size] if args.size else sizes_of(args.model or list(DEFAULT_MODELS))
     jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))

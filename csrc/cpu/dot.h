@@ -3,11 +3,12 @@
 //   out[m, n] = alpha * sum_k keep(m, k) x[m, k] w[n, k] + sum_r h[m, r] b[n, r] + bias[n]
 //
 // A tile is MR x NR outputs, each a vector accumulator of partial sums over k; the rank dimension is a little more k. A row's bits depend
-// neither on the tile nor on its neighbours: lanes are summed by one fixed tree.
+// neither on the tile nor on its neighbours: lanes are summed by one fixed tree, and long chains of fp32 additions are cut at fixed k.
 #pragma once
 
 namespace {
 constexpr int64_t PREFETCH_AHEAD = 512;  // bytes along a row of W, at its end into the same row of the next tile
+constexpr int64_t CHAIN_DOT = 256;       // terms of one chain of a lane: uncut, K 28672 has 2.8 times eager's error (tests/test_native_cpu.py)
 
 // Spreads the loads of the next tile's W rows over the row tiles of this one, so that memory is read while the arithmetic runs.
 struct NextRows {
@@ -22,13 +23,14 @@ struct NextRows {
   }
 };
 
+// Elements k..end of rows of K; end is K or a multiple of the step.
 template <class T, int MR, int NR, bool DROP, bool STREAM>
-LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int64_t K, lk::Mask keep, int64_t m, NextRows& next) {
+LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int64_t k, int64_t end, int64_t K, lk::Mask keep, int64_t m,
+                        NextRows& next) {
   using D = DotStep<T>;
   constexpr int S = D::STEP;
   constexpr int64_t AHEAD = PREFETCH_AHEAD / static_cast<int64_t>(sizeof(T));
-  int64_t k = 0;
-  for (; k + S <= K; k += S) {
+  for (; k + S <= end; k += S) {
     typename D::X xv[MR];
     const int64_t ahead = k + (k + AHEAD < K ? AHEAD : AHEAD - K + next.skip);
     if constexpr (!STREAM) NextRows::step(next);
@@ -45,19 +47,33 @@ LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int6
       for (int i = 0; i < MR; i++) acc[i * NR + j] = D::mac(acc[i * NR + j], xv[i], wv);
     }
   }
-  if (k < K) {
+  if (k < end) {
     typename D::X xv[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
-      xv[i] = D::load(x + i * ldx + k, K - k);
+      xv[i] = D::load(x + i * ldx + k, end - k);
       if constexpr (DROP) xv[i] = D::keep(xv[i], keep_bits(keep, m + i, k));
     }
 #pragma GCC unroll 8
     for (int j = 0; j < NR; j++) {
-      const typename D::X wv = D::load(w[j] + k, K - k);
+      const typename D::X wv = D::load(w[j] + k, end - k);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) acc[i * NR + j] = D::mac(acc[i * NR + j], xv[i], wv);
     }
+  }
+}
+
+// The same from 0 to K in chains of CHAIN_DOT, added up in order. Apart, so that short rows keep their accumulators in registers.
+template <class T, int MR, int NR, bool DROP, bool STREAM>
+__attribute__((noinline)) void dot_chains(V* sums, const T* x, int64_t ldx, const T* const* w, int64_t K, lk::Mask keep, int64_t m, NextRows& next) {
+  constexpr int64_t CHAIN = CHAIN_DOT * DotStep<T>::STEP;
+  for (int64_t k = 0; k < K; k += CHAIN) {
+    V acc[MR * NR];
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * NR; i++) acc[i] = zero();
+    dot_rows<T, MR, NR, DROP, STREAM>(acc, x, ldx, w, k, min(k + CHAIN, K), K, keep, m, next);
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * NR; i++) sums[i] = k ? add(sums[i], acc[i]) : acc[i];
   }
 }
 
@@ -72,7 +88,15 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
   const int64_t nv = min(n1 - n, NR);
 #pragma GCC unroll 8
   for (int j = 0; j < NR; j++) w[j] = static_cast<const T*>(a.w.p) + (n + min(j, nv - 1)) * a.w.ld;
-  dot_rows<T, MR, NR, DROP, STREAM>(acc, static_cast<const T*>(a.x.p) + m * a.x.ld, a.x.ld, w, a.K, a.keep, m, next);
+  const T* x = static_cast<const T*>(a.x.p) + m * a.x.ld;
+  if (same<T, float> && a.K > CHAIN_DOT * DotStep<T>::STEP) {  // the rounding of 16-bit results hides a chain's error
+    V chains[NA];
+    dot_chains<T, MR, NR, DROP, STREAM>(chains, x, a.x.ld, w, a.K, a.keep, m, next);
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * NR; i++) acc[i] = chains[i];
+  } else {
+    dot_rows<T, MR, NR, DROP, STREAM>(acc, x, a.x.ld, w, 0, a.K, a.K, a.keep, m, next);
+  }
   if (a.alpha != 1.f) {
 #pragma GCC unroll 32
     for (int i = 0; i < MR * NR; i++) acc[i] = mul(acc[i], set1(a.alpha));
@@ -81,7 +105,7 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
     NextRows none;
 #pragma GCC unroll 8
     for (int j = 0; j < NR; j++) b[j] = static_cast<const T*>(a.b.p) + (n + min(j, nv - 1)) * a.b.ld;
-    dot_rows<T, MR, NR, false, false>(acc, static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, b, a.R, {}, m, none);
+    dot_rows<T, MR, NR, false, false>(acc, static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, b, 0, a.R, a.R, {}, m, none);
   }
   if (a.rows) {
     NextRows none;
@@ -91,7 +115,7 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
       if (!own.R) continue;
 #pragma GCC unroll 8
       for (int j = 0; j < NR; j++) b[j] = static_cast<const T*>(own.b) + (n + min(j, nv - 1)) * a.b.ld;
-      dot_rows<T, 1, NR, false, false>(acc + i * NR, static_cast<const T*>(a.h.p) + (m + i) * a.h.ld, 0, b, own.R, {}, m, none);
+      dot_rows<T, 1, NR, false, false>(acc + i * NR, static_cast<const T*>(a.h.p) + (m + i) * a.h.ld, 0, b, 0, own.R, own.R, {}, m, none);
     }
   }
   alignas(64) float s[NA + L];

@@ -15,7 +15,7 @@ constexpr int NV = 2;
 constexpr int MICRO_ROWS[NV + 1] = {0, 4, 4};
 constexpr int WIDE_STEPS = 2;  // steps of k that a wide pass keeps in registers, two vectors each
 constexpr int64_t KC = 512;    // lanes along k of one packed panel block: 128 KiB
-constexpr int64_t CHAIN_F32 = 32;
+constexpr int64_t CHAIN_F32 = 128;
 constexpr int64_t SUM_ROWS = 516;
 
 LK_INLINE V set1(float v) { return V{v, v, v, v}; }

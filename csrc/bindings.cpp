@@ -71,11 +71,11 @@ void take_b(lk::Batched& b, const Operand& pool) {
   b.L = pool.size(0), b.N = pool.size(1), b.R = pool.size(2);
   b.pool_b = pool.p<>(), b.b_stride = pool.stride(0), b.ldb = pool.stride(1), b.b_type = pool.type();
 }
-// Columns of y from `column` on, and matrix `slice` of h [S, M, R].
+// Columns of y from `column` on, and matrix `slice` of h [S, M, R or more].
 lk::Out columns(const Operand& y, int64_t column) { return {y.p<char>() + column * y.item(), y.ld()}; }
 lk::Out plane(const Operand& h, int64_t slice) { return {h.p<char>() + slice * h.stride(0) * h.item(), h.stride(1)}; }
 
-// h: [S, M, R], or None where nobody will want it.
+// h: [S, M, R or more], or None where nobody will want it.
 void cpu_batched_fwd(int form, int threads, int64_t slice, bool packed, int64_t column, Tensor x_, Tensor w_, Tensor bias_, Tensor pool_a_,
                      Tensor pool_b_, Tensor ids_, Tensor ranks_, Tensor scalings_, Tensor dropout_p_, Tensor mask_, Tensor y_, Tensor h_) {
   const Operand x(x_), w(w_), bias(bias_), pool_a(pool_a_), pool_b(pool_b_), ids(ids_), ranks(ranks_), scalings(scalings_), dropout_p(dropout_p_);

@@ -43,6 +43,11 @@ def slices(widths: list[int]) -> list[slice]:
     return [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
 
 
+def h_width(R: int) -> int:
+    """Columns of h: R rounded up to 16, so that kernels load every row in 16 bytes at a time."""
+    return -(-R // 16) * 16
+
+
 def _full_rank(pool_a: Tensor, S: int, rank_packed: bool) -> int:
     return pool_a.shape[1] // S if rank_packed else pool_a.shape[1]
 
@@ -78,7 +83,7 @@ def _each_row(M: int, run):
 def _forward(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, mask, rank_packed):
     S, L, R = len(weights), pools_a[0].shape[0], _full_rank(pools_a[0], len(weights), rank_packed)
     ranks, scalings = _table(ranks, S, L, R), _table(scalings, S, L, 1.0)
-    h = x.new_zeros((S, x.shape[0], R))
+    h = x.new_zeros((S, x.shape[0], h_width(R)))
     ys, present = [], _present(ids, L)
     for i in range(S):
         y = F.linear(x, weights[i], biases[i])
@@ -114,8 +119,8 @@ def lora_batched_fwd(
 
     ids int32 `[M]`; ranks int32 `[S, L]` or None (all R); scalings float32 `[S, L]` or None (all 1), both with any stride over S (0: one
     row for all slices) and stride 1 over L; dropout_p float32 `[L]` or None. `table` and `block` (see `_batch_table`) serve GPU kernels.
-    Returns y `[M, sum N_i]`, h `[S, M, R]` in x's dtype (entries of rows without an adapter, and past the true rank, are unspecified),
-    and the keep mask int32 `[M, ceil(K / 32)]`, empty without dropout.
+    Returns y `[M, sum N_i]`, h `[S, M, h_width(R)]` in x's dtype (entries of rows without an adapter, and past the true rank, are
+    unspecified), and the keep mask int32 `[M, ceil(K / 32)]`, empty without dropout.
     """
     mask = _keep_mask(ids, _present(ids, pools_a[0].shape[0]), dropout_p, seed, *x.shape)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _batch_table
+from ..reference_batched import h_width
 from ._launch import Pointers, guarded, on_device
 from .batched_common import MAX_SLICES, arch, unit_rows
 from .batched_decode import PARTS, Decode
@@ -61,7 +62,7 @@ class Forward:
     def __init__(self, x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
         (M, K), S, L = x.shape, len(weights), pools_a[0].shape[0]
         widths = [w.shape[0] for w in weights]
-        self.y_shape, self.h_shape = (M, sum(widths)), (S, M, pools_b[0].shape[2])
+        self.y_shape, self.h_shape = (M, sum(widths)), (S, M, h_width(pools_b[0].shape[2]))
         self.mask_shape = None if dropout_p is None else (M, -(-K // 32))
         with torch.inference_mode(False):  # kept: made by a first call in inference mode, autograd would not save it later
             self.no_mask = x.new_empty(0, dtype=torch.int32)
@@ -108,7 +109,7 @@ class Backward:
 
     def __init__(self, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table, block, need_dx, need_da, need_db):
         self.widths, self.needs, masked = [w.shape[0] for w in weights], (need_dx, need_da, need_db), dropout_p is not None
-        R, L, dx = h.shape[2], pools_a[0].shape[0], x.new_empty(x.shape)
+        L, R, dx = *pools_a[0].shape[:2], x.new_empty(x.shape)
         self.no_dx = x.new_empty(0)
         self.slices = []
         for i, dyi in enumerate(dy.split(self.widths, 1)):
@@ -117,8 +118,8 @@ class Backward:
             tiles = _tiles(dyi, dx, h[run], [weights[i].t()], None, [a_t], r, block, masked=masked, shrink=([b_t], s)) if need_dx else None
             own = tiles is not None and tiles.own_h
             shrink = Shrink(dyi, [b_t], h[run], r, s, block, False, 1) if (need_dx or need_da) and not own else None
-            da = SegmentReduce(x, R, L, r, block, False, masked) if need_da else None
-            db = SegmentReduce(dyi, R, L, r, block, True) if need_db else None
+            da = SegmentReduce(x, h, R, L, r, block, False, masked) if need_da else None
+            db = SegmentReduce(dyi, h, R, L, r, block, True) if need_db else None
             self.slices.append((run, shrink, tiles, da, db))
 
     def __call__(self, stream, dy, x, weights, pools_a, pools_b, h, mask, ids, ranks, scalings, dropout_p, table):
@@ -216,7 +217,7 @@ def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings,
     args, more = (x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table), (block, rank_packed, batch_invariant)
     if x.shape[0] == 0:
         words = 0 if dropout_p is None else (0, -(-x.shape[1] // 32))
-        y, h = x.new_empty(0, sum(w.shape[0] for w in weights)), x.new_empty(len(weights), 0, pools_b[0].shape[2])
+        y, h = x.new_empty(0, sum(w.shape[0] for w in weights)), x.new_empty(len(weights), 0, h_width(pools_b[0].shape[2]))
         return y, h, x.new_empty(words, dtype=torch.int32)
     key = _key(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, *more, dropout_p is None, Forward)
     return on_device(x, _prepare(Forward, key, *args, *more), *args)

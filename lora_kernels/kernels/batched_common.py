@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -83,6 +85,30 @@ def rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS: tl.constexpr):
 
 
 @triton.jit
+def padded(rank):
+    """Up to where a row of h `[M, H]` (`reference_batched.h_width`) is zero past its true rank: a mask that leaves loads of 16 bytes whole, as
+    the true rank does not: with that one, ranks of 8 spilled in the TMA form."""
+    return (rank + 15) // 16 * 16
+
+
+@triton.jit
+def load_b(b_ptr, adapter, rr, rn, rank, columns, sbl, sbn, sbr, VEC: tl.constexpr):
+    """Ranks rr and columns rn of an adapter's B, zero past its true rank: there may lie anything, and inf or NaN times a zero of h is NaN.
+
+    sbl and sbn count groups of VEC ranks (`rank_groups`), which are loaded whole and cleared afterwards. Offsets within an adapter are of 32
+    bits, as addresses of 64 for every column spill in the TMA form; VEC 0 is for those that need more.
+    """
+    group: tl.constexpr = max(VEC, 1)
+    within = rn * (sbn * group) + rr * sbr
+    if VEC == 0:
+        within = rn.to(tl.int64) * sbn + rr.to(tl.int64) * sbr
+    b = tl.load(b_ptr + adapter.to(tl.int64) * (sbl * group) + within, mask=(rr < (rank + group - 1) // group * group) & columns, other=0.0)
+    if VEC > 1:
+        b = tl.where(rr < rank, b, 0.0)
+    return b
+
+
+@triton.jit
 def drop_of(p):
     """(threshold, keep scale) of a dropout probability, rounded as `reference.drop_threshold` and `keep_scale` round."""
     exact = p * 65536.0  # a power of two: no rounding
@@ -99,6 +125,16 @@ def drop_of(p):
 def rank_chunk(R: int) -> int:
     """Rank columns per product: the pool's rank, 16 to 64. True ranks are cut at the same places whatever the mix."""
     return block_rank(R, 64)
+
+
+def rank_groups(pools_b: list[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, int]]:
+    """VEC of `load_b`, the ranks that can be loaded at once wherever a row starts; the sbl of all slices, sbn and sbr."""
+    _, N, R = (max(sizes) for sizes in zip(*(b.shape for b in pools_b), strict=True))
+    sbls, (sbn, sbr) = tuple(b.stride(0) for b in pools_b), pools_b[0].stride()[1:]
+    if (N - 1) * sbn + (R - 1) * sbr >= 1 << 31:
+        return 0, sbls, (sbn, sbr)
+    vec = math.gcd(8, R, sbn, *sbls) if sbr == 1 else 1
+    return vec, tuple(sbl // vec for sbl in sbls), (sbn // vec, sbr)
 
 
 def unit_rows(*tensors: Tensor) -> bool:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .. import _batch_table
 from ._launch import Launcher, Pointers, programs, workspace
-from .batched_common import jit, pick, precision, rank_chunk, rank_of, slice_of, stride0, unit_rows
+from .batched_common import jit, load_b, padded, pick, precision, rank_chunk, rank_groups, rank_of, slice_of, stride0, unit_rows
 from .batched_shrink import COUNTERS, h_unit
 
 TICKET, GROUPS, EXITS = (tl.constexpr(v) for v in range(3))
@@ -49,7 +49,7 @@ def decode_kernel(
     x_ptr, y_ptr, h_ptr, scratch_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, ws, biases, as_, bs,
     Ns, sbls, M, K, R, sxm, sym, swn, sal, sar, shs, shm, sbn, srk, ssc,
     o_order, o_blk_start, o_blk_len, o_blk_adapter, RC, total_n, max_groups, o_part, o_lora,
-    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
+    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, VEC: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
     SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def decode_kernel(
     while u < groups * KC:
         h_unit(
             u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, 1, shs, shm, srk, ssc,
-            o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PREC,
+            o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, True, PREC,
         )  # fmt: skip
         # One count per unit: the group's last unit counts after it stored h, and all others' counts are needed before the total is full.
         tl.debug_barrier()
@@ -114,16 +114,13 @@ def decode_kernel(
             rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
             mine = rt < length
             hrows = tl.load(table_ptr + o_order + start + rt, mask=mine, other=0).to(tl.int64)
-            b_ptr = pick(bs, i, S) + adapter.to(tl.int64) * pick(sbls, i, S)
             # 16 rows: tokens on the tall side, so that this is a plain mma and a cast of B needs no register operand of wgmma.
             term = tl.full((TB, BN), -0.0, tl.float32)  # what rank 0 leaves
             for r in tl.range(0, rank, BR, num_stages=1):
-                inside = (r + rr) < rank
-                h = tl.load(
-                    h_ptr + i * shs + hrows[:, None] * shm + (r + rr)[None, :],
-                    mask=mine[:, None] & inside[None, :], other=0.0, cache_modifier=".cg",
-                )  # fmt: skip
-                b = tl.load(b_ptr + wn[:, None] * sbn + (r + rr)[None, :], mask=inside[None, :], other=0.0)
+                ranks = (r + rr)[None, :]
+                h_ptrs = h_ptr + i * shs + hrows[:, None] * shm + ranks
+                h = tl.load(h_ptrs, mask=mine[:, None] & (ranks < padded(rank)), other=0.0, cache_modifier=".cg")
+                b = load_b(pick(bs, i, S), adapter, ranks, wn[:, None], rank, True, pick(sbls, i, S), sbn, 1, VEC)
                 term = tl.dot(h, b.to(x_ptr.dtype.element_ty).T, term, input_precision=PREC)
             tl.store(lora_ptr + (col0 + rn)[None, :] * BM + (start + rt)[:, None], term, mask=mine[:, None] & (rn[None, :] < N))
 
@@ -189,9 +186,9 @@ class Decode:
     """Launches y and h for one call signature. The slices have equal strides, or y is written for one alone."""
 
     def __init__(self, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_a, pools_b, ranks, scalings, block: int, packed: bool):
-        (M, K), S, R, a, b = x.shape, len(weights), h.shape[2], pools_a[0], pools_b[0]
+        (M, K), S, R, a = x.shape, len(weights), pools_b[0].shape[2], pools_a[0]
         at, BR = _batch_table.layout(M, a.shape[0], block), rank_chunk(R)
-        Ns = tuple(w.shape[0] for w in weights)
+        Ns, (vec, sbls, (sbn, _)) = tuple(w.shape[0] for w in weights), rank_groups(pools_b)
         total_n, RC = sum(Ns), triton.cdiv(R, BR)
         p = plan(M, total_n, K, x.element_size(), programs(x.device), a.dtype != x.dtype)
         groups, tiles = at.max_blocks * S * RC, sum(triton.cdiv(N, p.BN) for N in Ns)
@@ -199,10 +196,21 @@ class Decode:
         o_lora = o_part + (p.SPLIT_K * total_n * p.BM if p.SPLIT_K > 1 else 0)
         self.floats = o_lora + total_n * p.BM
         self.flags = 3 + groups + tiles
-        ints = (Ns, tuple(t.stride(0) for t in pools_b), M, K, R, x.stride(0), y.stride(0), weights[0].stride(0), a.stride(0), a.stride(1))
-        ints += (h.stride(0), h.stride(1), b.stride(1), stride0(ranks), stride0(scalings))
+        ints = (Ns, sbls, M, K, R, x.stride(0), y.stride(0), weights[0].stride(0), a.stride(0), a.stride(1))
+        ints += (h.stride(0), h.stride(1), sbn, stride0(ranks), stride0(scalings))
         ints += (at.order, at.blk_start, at.blk_len, at.blk_adapter, RC, total_n, groups, o_part, o_lora)
-        constants = {"S": S, "BM": p.BM, "BN": p.BN, "BK": p.BK, "BR": BR, "TB": block, "KC": PARTS, "SPLIT_K": p.SPLIT_K, "PACKED": packed}
+        constants = {
+            "S": S,
+            "BM": p.BM,
+            "BN": p.BN,
+            "BK": p.BK,
+            "BR": BR,
+            "VEC": vec,
+            "TB": block,
+            "KC": PARTS,
+            "SPLIT_K": p.SPLIT_K,
+            "PACKED": packed,
+        }
         constants |= {"HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "HAS_SCALINGS": scalings is not None}
         self.launch = Launcher(decode_kernel, (tiles, p.SPLIT_K), (), ints, p.warps, p.stages, **constants, PREC=precision(x.dtype))
 

@@ -10,7 +10,7 @@ from .. import _batch_table
 from ..tuning.plan import block_rank
 from ._jit import keep_bits, load_keep, pack_bits
 from ._launch import Launcher, Pointers
-from .batched_common import drop_of, jit, pick, precision, rank_of, stride0
+from .batched_common import drop_of, jit, padded, pick, precision, rank_of, stride0
 
 
 @jit
@@ -82,7 +82,8 @@ def masked_shrink_kernel(
     if HAS_SCALINGS:
         scale *= tl.load(scalings_ptr + i * ssc + adapter)
     out = h_ptr + i * shs + rows[None, :] * shm + rr[:, None]
-    tl.store(out, (acc * scale).to(h_ptr.dtype.element_ty), mask=live[None, :] & (rr[:, None] < rank))
+    acc = tl.where(rr[:, None] < rank, acc * scale, 0.0)
+    tl.store(out, acc.to(h_ptr.dtype.element_ty), mask=live[None, :] & (rr[:, None] < padded(rank)))
 
 
 class KeepMask:
@@ -100,7 +101,8 @@ class MaskedShrink:
     """Launches h for one call signature; arguments as `batched_shrink.Shrink`."""
 
     def __init__(self, x: Tensor, pools_a: list[Tensor], h: Tensor, ranks, scalings, block: int, packed: bool):
-        (M, K), S, R, a = x.shape, len(pools_a), h.shape[2], pools_a[0]
+        (M, K), S, a = x.shape, len(pools_a), pools_a[0]
+        R = a.shape[1] // (S if packed else 1)
         at = _batch_table.layout(M, a.shape[0], block)
         BR = block_rank(R, 64 if a.dtype == x.dtype else 32)  # a cast A of 64 ranks would be a register operand of wgmma
         RC, BK = triton.cdiv(R, BR), 64 if x.element_size() == 2 and K % 8 == 0 else 32

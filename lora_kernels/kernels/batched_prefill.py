@@ -17,7 +17,7 @@ from .. import _batch_table
 from ..tuning.plan import block_rank
 from ._jit import load_keep
 from ._launch import Launcher, Pointers
-from .batched_common import drop_of, jit, pick, precision, rank_of, slice_of, stride0
+from .batched_common import drop_of, jit, load_b, padded, pick, precision, rank_groups, rank_of, slice_of, stride0
 
 
 @jit
@@ -25,14 +25,15 @@ def batched_linear_kernel(
     x_ptr, y_ptr, h_ptr, table_ptr, ranks_ptr, mask_ptr, p_ptr, ws, biases, bs,
     Ns, sbls, M, K, R, sxm, sym, swn, swk, sbn, sbr, shs, shm, srk,
     o_order, o_seg_of, o_seg_start, o_seg_adapter,
-    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
+    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, VEC: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, MASKED: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x[m] W_i[n]^T + b_i[n] + h[i, m, :r] B_i[l, n, :r]^T, l the adapter of row m; without BASE, y += the last term.
     MASKED (dx): dropout's mask and scale on the last term.
 
-    Shapes: x `[M, K]`, W_i `[N_i, K]`, B_i `[L, N_i, R]`, b_i `[N_i]` in x's dtype (B: or float32); h `[S, M, R]` any dtype, cast to x's;
+    Shapes: x `[M, K]`, W_i `[N_i, K]`, B_i `[L, N_i, R]`, b_i `[N_i]` in x's dtype (B: or float32); h `[S, M, H]`, zero as
+        `padded` says (without BASE `[S, M, R]`, any past r), any dtype, cast to x's;
         y `[M, sum N_i]`; mask int32 `[M, ceil(N / 32)]`, p `[L]`, where S is 1.
     Grid: one program per BM x BN tile, all slices in one launch; columns of GROUP_M row tiles. Independent of the adapter mix.
     Memory: x and W as in a GEMM; per tile and segment crossing it BM r of h and BN r of B; y stored once (without BASE: read and stored).
@@ -83,13 +84,16 @@ def batched_linear_kernel(
         adapter = tl.load(table_ptr + o_seg_adapter + seg)
         rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
         mine = (rp >= start) & (rp < end)
-        b_ptr = pick(bs, i, S) + adapter.to(tl.int64) * pick(sbls, i, S)
+        width = rank
+        if BASE:  # h is ours
+            width = padded(rank)
+        b_ptr = pick(bs, i, S)
         term = tl.zeros((BM, BN), tl.float32)
         # Not pipelined: a cast operand would be a register operand of a pipelined wgmma, which ptxas before 13.3 miscompiles (triton#9433).
         for r in tl.range(0, rank, BR, num_stages=1):
-            inside = (r + rr) < rank
-            h = tl.load(h_ptr + i * shs + rows[:, None] * shm + (r + rr)[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
-            b = tl.load(b_ptr + rn[:, None] * sbn + (r + rr)[None, :] * sbr, mask=(rn[:, None] < N) & inside[None, :], other=0.0)
+            ranks = (r + rr)[None, :]
+            h = tl.load(h_ptr + i * shs + rows[:, None] * shm + ranks, mask=mine[:, None] & (ranks < width), other=0.0)
+            b = load_b(b_ptr, adapter, ranks, rn[:, None], rank, rn[:, None] < N, pick(sbls, i, S), sbn, sbr, VEC)
             term = tl.dot(h.to(x_ptr.dtype.element_ty), b.to(x_ptr.dtype.element_ty).T, term, input_precision=PREC)
         if MASKED:
             _, keep_scale = drop_of(tl.load(p_ptr + adapter))
@@ -142,15 +146,16 @@ class Tiles:
     own_h = False
 
     def __init__(self, plan: Plan, x: Tensor, y: Tensor, h: Tensor, weights, biases, pools_b, ranks, block: int, masked: bool = False):
-        (M, K), S, R, b = x.shape, len(pools_b), h.shape[2], pools_b[0]
+        (M, K), S, R, b = x.shape, len(pools_b), pools_b[0].shape[2], pools_b[0]
         at = _batch_table.layout(M, b.shape[0], block)
         self.base = bool(weights)
         Ns, w = tuple(t.shape[1] for t in pools_b), weights[0] if weights else b[0]
         BR = block_rank(R, 64 if x.element_size() == 2 else 32)  # float32: 64 spill on sm_80 beside the addresses of three slices
         tiles = triton.cdiv(M, plan.BM) * sum(triton.cdiv(N, plan.BN) for N in Ns)
-        ints = (Ns, tuple(t.stride(0) for t in pools_b), M, K, R, x.stride(0), y.stride(0), *w.stride(), *b.stride()[1:])
+        vec, sbls, sbnr = rank_groups(pools_b)
+        ints = (Ns, sbls, M, K, R, x.stride(0), y.stride(0), *w.stride(), *sbnr)
         ints += (h.stride(0), h.stride(1), stride0(ranks), at.order, at.seg_of, at.seg_start, at.seg_adapter)
-        constants = {"S": S, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "BR": BR, "GROUP_M": 8, "EVEN_K": K % plan.BK == 0}
+        constants = {"S": S, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "BR": BR, "VEC": vec, "GROUP_M": 8, "EVEN_K": K % plan.BK == 0}
         constants |= {"BASE": self.base, "HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "MASKED": masked}
         self.launch = Launcher(batched_linear_kernel, (tiles,), (), ints, plan.warps, plan.stages, **constants, PREC=precision(x.dtype))
 

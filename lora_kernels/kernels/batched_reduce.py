@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _batch_table
 from ._jit import load_keep
 from ._launch import Launcher, programs
-from .batched_common import drop_of, jit, precision, rank_chunk, rank_of, stride0
+from .batched_common import drop_of, jit, padded, precision, rank_chunk, rank_of, stride0
 
 FEWEST_ROWS = 256  # of a chunk: below, its sums weigh more than its rows
 
@@ -26,7 +26,7 @@ def segment_reduce_kernel(
     A segment is cut into chunks of CHUNK rows from its own start, so an adapter's sums do not depend on the others' rows. A segment of one
     chunk is stored at once; the chunks of longer ones go to part, which `sum_chunks_kernel` adds. Two slots for every window of CHUNK sorted
     rows hold them: a window meets at most one start of such a segment (slot 2 j) and one start of a later chunk (slot 2 j + 1).
-    Shapes: u `[M, R]`, v `[M, C]`; out `[L, R, C]` by strides (sol, sor, soc), zero where no program writes; part float32 `[2 J, R, C]`, J =
+    Shapes: u `[M, H]`, v `[M, C]`; out `[L, R, C]` by strides (sol, sor, soc), zero where no program writes; part float32 `[2 J, R, C]`, J =
         ceil(M / CHUNK); MASKED: mask int32 `[M, ceil(C / 32)]`, p float32 `[L]`.
     Grid: (columns / BC, R / BR, P + J): the first chunk of each segment, then the later chunk that starts in each window.
     Memory: every row of a segment once per rank block; out or part written once.
@@ -63,7 +63,7 @@ def segment_reduce_kernel(
         rp = p + tl.arange(0, BM)
         live = rp < end
         rows = tl.load(table_ptr + o_order + rp, mask=live, other=0).to(tl.int64)
-        u = tl.load(u_ptr + rows[:, None] * sum_ + rr[None, :], mask=live[:, None] & (rr[None, :] < rank), other=0.0)
+        u = tl.load(u_ptr + rows[:, None] * sum_ + rr[None, :], mask=live[:, None] & (rr[None, :] < padded(rank)), other=0.0)
         v = tl.load(v_ptr + rows[:, None] * svm + rc[None, :], mask=live[:, None] & (rc[None, :] < C), other=0.0)
         if MASKED:
             v = tl.where(load_keep(mask_ptr, rows, 1 << 31, tl.program_id(0) * BC, tl.cdiv(C, 32), BM, BC), v, 0.0)
@@ -116,7 +116,7 @@ def sum_chunks_kernel(
 class SegmentReduce:
     """Launches out[l] = sum of u[m]^T drop(v[m]) for one call signature; out contiguous `[L, R, C]`, or `[L, C, R]` when `transposed`."""
 
-    def __init__(self, v: Tensor, R: int, L: int, ranks, block: int, transposed: bool, masked: bool = False):
+    def __init__(self, v: Tensor, h: Tensor, R: int, L: int, ranks, block: int, transposed: bool, masked: bool = False):
         (M, C), BM, BR = v.shape, 32, rank_chunk(R)
         BC = 128 if v.element_size() == 2 and C % 8 == 0 else 64
         at = _batch_table.layout(M, L, block)
@@ -128,7 +128,7 @@ class SegmentReduce:
         self.parts = 2 * windows * R * C if windows > 1 else 1
         strides = (R * C, 1, R) if transposed else (R * C, C, 1)
         grid = (triton.cdiv(C, BC), triton.cdiv(R, BR), at.max_segments + windows)
-        ints = (C, R, at.max_segments, chunk, R, v.stride(0), *strides, stride0(ranks), at.order, at.seg_of, at.seg_start, at.seg_adapter)
+        ints = (C, R, at.max_segments, chunk, h.stride(1), v.stride(0), *strides, stride0(ranks), at.order, at.seg_of, at.seg_start, at.seg_adapter)
         same = {"BC": BC, "BR": BR, "HAS_RANKS": ranks is not None}
         constants = {"BM": BM, **same, "MASKED": masked, "PREC": precision(v.dtype)}
         self.launch = Launcher(segment_reduce_kernel, grid, (), ints, 4, 2, **constants)
@@ -136,7 +136,7 @@ class SegmentReduce:
         self.sum = Launcher(sum_chunks_kernel, (*grid[:2], windows), (), ints, 4, 2, **same) if windows > 1 else None
 
     def __call__(self, stream: int, u: Tensor, v: Tensor, out: Tensor, ranks, table: Tensor, mask=None, p=None) -> None:
-        """u contiguous `[M, R]`."""
+        """u contiguous `[M, H]`, rows of h."""
         part = v.new_empty(self.parts, dtype=torch.float32)
         self.launch(stream, (), (u, v, out, part, table, ranks, mask, p))
         if self.sum is not None:

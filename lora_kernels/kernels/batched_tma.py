@@ -25,7 +25,7 @@ from .. import _batch_table
 from ..tuning.plan import block_rank, tma_arch
 from ._jit import load_keep, tile_of
 from ._launch import Launcher, Pointers, programs, regular, workspace
-from .batched_common import MAX_SLICES, drop_of, jit, pick, precision, rank_of, stride0
+from .batched_common import MAX_SLICES, drop_of, jit, load_b, padded, pick, precision, rank_groups, rank_of, stride0
 from .batched_shrink import h_block, h_steps
 from .update import w_tile
 
@@ -41,8 +41,8 @@ TICKET, UNITS, DONE, EXITS = (tl.constexpr(v) for v in range(4))
 @triton.jit
 def finish(
     acc, y_desc, om, on, h_ptr, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, MASKED: tl.constexpr,
-    PREC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, VEC: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr,
+    MASKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Add low-rank terms and bias to a tile of the base product and store it."""
     rm = om + tl.arange(0, BM)
@@ -55,11 +55,11 @@ def finish(
     while adapter < L:
         rank = rank_of(ranks_ptr, i, adapter, R, srk, HAS_RANKS)
         mine = (slot == adapter)[:, None]
-        b_columns = b_ptr + adapter.to(tl.int64) * sbl + rn.to(tl.int64)[None, :] * sbn
         for r in tl.range(0, rank, BR, num_stages=1):
-            inside = (r + rr) < rank
-            h = tl.load(h_rows + (r + rr)[None, :], mask=(rm < M)[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
-            b = tl.load(b_columns + (r + rr)[:, None] * sbr, mask=inside[:, None] & (rn[None, :] < N), other=0.0)
+            inside = (rm < M)[:, None] & ((r + rr)[None, :] < padded(rank))
+            h = tl.load(h_rows + (r + rr)[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+            columns = rn[None, :]
+            b = load_b(b_ptr, adapter, (r + rr)[:, None], columns, rank, columns < N, sbl, sbn, sbr, VEC)
             term = tl.dot(h, b.to(h.dtype), input_precision=PREC)
             if MASKED:
                 _, keep_scale = drop_of(tl.load(p_ptr + adapter))
@@ -76,15 +76,15 @@ def segmented_tma_kernel(
     x_desc, w0_desc, w1_desc, w2_desc, y0_desc, y1_desc, y2_desc, h_ptr, ids_ptr, ranks_ptr, mask_ptr, p_ptr, biases, bs,
     x_ptr, table_ptr, scalings_ptr, sync_ptr, as_,
     Ns, ends, sbls, M, K, L, R, sbn, sbr, shs, shm, srk, sxm, sal, sar, sak, ssc, o_order, o_blk_start, o_blk_len, o_blk_adapter, RC, helpers,
-    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
+    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, VEC: tl.constexpr, GROUP_M: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, MASKED: tl.constexpr, PREC: tl.constexpr,
     OWN_H: tl.constexpr, TB: tl.constexpr, HK: tl.constexpr, HR: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x[m] W_i[n]^T + b_i[n] + drop'(h[i, m, :r] B_i[l, n, :r]^T), l the adapter of row m; persistent.
 
     Shapes: x `[M, K]`, 16-bit; W_i `[N_i, K]` when TRANSPOSED, else (dx) `[K, N_i]`; y_i `[M, N_i]`, views of one y; all with a row pitch of
-        a multiple of 16 bytes; ids int32 `[M]`; h `[S, M, R]` in x's dtype; B_i `[L, N_i, R]` any strides, x's dtype or float32; b_i `[N_i]`;
-        MASKED: mask int32 `[M, ceil(N / 32)]`, p float32 `[L]`.
+        a multiple of 16 bytes; ids int32 `[M]`; h `[S, M, H]` in x's dtype, zero as `padded` says; B_i `[L, N_i, R]` any strides, x's
+        dtype or float32; b_i `[N_i]`; MASKED: mask int32 `[M, ceil(N / 32)]`, p float32 `[L]`.
         A descriptor per slice: slices may lie anywhere, and a tile at the edge of one neither reads nor writes the next.
     Grid: (min(number of SMs, tiles),), OWN_H (number of SMs,); grouped order. Independent of the adapter mix.
     Memory: as a GEMM; per tile and adapter met in it BM r of h and BN r of B, from L2; OWN_H: x once more, beside the first tiles.
@@ -109,7 +109,7 @@ def segmented_tma_kernel(
                 h_block(
                     u, x_ptr, h_ptr, table_ptr, ranks_ptr, scalings_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
                     o_order, o_blk_start, o_blk_len, o_blk_adapter, units // RC,
-                    S, HK, HR, TB, HAS_RANKS, HAS_SCALINGS, PACKED, PREC, 5 if S == 1 else 7,
+                    S, HK, HR, TB, HAS_RANKS, HAS_SCALINGS, PACKED, True, PREC, 5 if S == 1 else 7,
                 )  # fmt: skip
                 tl.debug_barrier()  # all threads' stores of h before the release
                 tl.atomic_add(sync_ptr + DONE, 1, sem="release", scope="gpu")
@@ -147,11 +147,11 @@ def segmented_tma_kernel(
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, half)), (0, 2, 1)))
         finish(
             left, y_desc, om, on, h, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
-            BM, half, BR, HAS_BIAS, HAS_RANKS, MASKED, PREC,
+            BM, half, BR, VEC, HAS_BIAS, HAS_RANKS, MASKED, PREC,
         )  # fmt: skip
         finish(
             right, y_desc, om, on + half, h, ids_ptr, ranks_ptr, mask_ptr, p_ptr, bias_ptr, b_ptr, i, M, N, L, R, sbl, sbn, sbr, shm, srk,
-            BM, half, BR, HAS_BIAS, HAS_RANKS, MASKED, PREC,
+            BM, half, BR, VEC, HAS_BIAS, HAS_RANKS, MASKED, PREC,
         )  # fmt: skip
     if OWN_H:
         tl.debug_barrier()
@@ -184,13 +184,14 @@ def serves(x: Tensor, y: Tensor, weights: list[Tensor], pools_b: list[Tensor], a
     return tma_arch(arch) and not batch_invariant and _few(x.shape[0], pools_b[0].shape[0]) and regular(*described)
 
 
-def _helpers(x: Tensor, pools_a: list[Tensor] | None, R: int, BN: int, tiles: int, block: int) -> int:
+def _helpers(x: Tensor, pools_a: list[Tensor] | None, R: int, BN: int, tiles: int, block: int, single: bool) -> int:
     """Programs that compute h: those with one tile less than the others; 0 where h has a launch of its own.
 
     One per BN rows reads x in the time of a tile at 47 GB/s (132 programs at 790 TFLOP/s). Half as long again is allowed for, with the most
-    blocks that a mix can have: then the others wait as long as a launch would take. Casts of A, and three slices of 64 ranks, spill.
+    blocks that a mix can have: then the others wait as long as a launch would take. Casts of A spill, and three slices of 64 ranks or of those
+    that are loaded one at a time (`single`).
     """
-    if pools_a is None or pools_a[0].dtype != x.dtype or (len(pools_a) == MAX_SLICES and R > 32) or block != _batch_table.LARGE_BLOCK:
+    if pools_a is None or pools_a[0].dtype != x.dtype or (len(pools_a) == MAX_SLICES and (R > 32 or single)) or block != _batch_table.LARGE_BLOCK:
         return 0
     spare, blocks = -tiles % programs(x.device), _batch_table.layout(x.shape[0], pools_a[0].shape[0], block).max_blocks
     return spare if 3 * spare * BN >= 2 * blocks * block else 0
@@ -200,19 +201,21 @@ class TmaTiles:
     """Launches y and takes arguments as `batched_prefill.Tiles`, where `serves` says so. Given A, it also computes h, where `own_h` is true."""
 
     def __init__(self, x, y, h, weights, biases, pools_b, ranks, block: int, masked: bool = False, pools_a=None, scalings=None, packed: bool = False):
-        (M, K), S, R, b, sms = x.shape, len(pools_b), h.shape[2], pools_b[0], programs(x.device)
+        (M, K), S, R, b, sms = x.shape, len(pools_b), pools_b[0].shape[2], pools_b[0], programs(x.device)
         self.widths, self.absent, transposed = [w.shape[0] for w in weights], (None,) * (MAX_SLICES - S), weights[0].stride(1) == 1
+        vec, sbls, sbnr = rank_groups(pools_b)
+        single = vec < 2 and sbnr[1] == 1
         BN = _columns(M, self.widths, sms, masked)
         ends = tuple(itertools.accumulate(triton.cdiv(N, BN) for N in self.widths))
         tiles = triton.cdiv(M, BM) * ends[-1]
-        helpers = _helpers(x, pools_a, R, BN, tiles, block)
+        helpers = _helpers(x, pools_a, R, BN, tiles, block, single)
         self.own_h = helpers > 0
         w_block, y_block = (BN, BK) if transposed else (BK, BN), (BM, BN // 2)
         blocks = ((BM, BK), *(w_block,) * S, *self.absent, *(y_block,) * S, *self.absent)
-        ints = (tuple(self.widths), ends, tuple(t.stride(0) for t in pools_b), M, K, b.shape[0], R, *b.stride()[1:])
+        ints = (tuple(self.widths), ends, sbls, M, K, b.shape[0], R, *sbnr)
         ints += (h.stride(0), h.stride(1), stride0(ranks))
-        BR = block_rank(R, 64 if BN == 256 and b.dtype == x.dtype else 32)  # a cast of 64 ranks spills
-        constants = {"S": S, "BM": BM, "BN": BN, "BK": BK, "BR": BR, "GROUP_M": 8, "TRANSPOSED": transposed}
+        BR = block_rank(R, 64 if BN == 256 and b.dtype == x.dtype and not single else 32)  # a cast of 64 ranks spills, and so do single loads
+        constants = {"S": S, "BM": BM, "BN": BN, "BK": BK, "BR": BR, "VEC": vec, "GROUP_M": 8, "TRANSPOSED": transposed}
         constants |= {"HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "MASKED": masked, "PREC": precision(x.dtype)}
         if self.own_h:
             at, (HK, HR) = _batch_table.layout(M, b.shape[0], block), h_steps(x, pools_a, R, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference_batched import h_width
 from ..tuning import cpu as plan
 
 try:
@@ -66,9 +67,8 @@ def _form(dtype: int, M: int, N: int, K: int, batch_invariant: bool) -> int:
 def lora_batched_fwd(x, weights, biases, pools_a, pools_b, ids, ranks, scalings, dropout_p, seed, table, block, rank_packed, batch_invariant):
     """`reference_batched.lora_batched_fwd` by the native kernels."""
     M, K = x.shape
-    R, threads = pools_b[0].shape[2], _threads()
-    widths = [w.shape[0] for w in weights]
-    y, h, mask = x.new_empty(M, sum(widths)), x.new_empty(len(weights), M, R), _NO_MASK
+    threads, widths = _threads(), [w.shape[0] for w in weights]
+    y, h, mask = x.new_empty(M, sum(widths)), x.new_empty(len(weights), M, h_width(pools_b[0].shape[2])), _NO_MASK
     if dropout_p is not None:
         mask = x.new_empty(M, (K + 31) // 32, dtype=torch.int32)
         _C.cpu_batched_mask(int(seed) & (2**64 - 1), K, ids, dropout_p, mask, threads)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _batch_table, _checks, _checks_batched, _device
 from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import has_values
+from ..reference_batched import h_width
 from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks
@@ -51,7 +52,7 @@ def _fwd_fake(
 ):
     M, K = x.shape
     mask = x.new_empty((0,) if dropout_p is None else (M, (K + 31) // 32), dtype=torch.int32)
-    return x.new_empty((M, sum(w.shape[0] for w in weights))), x.new_empty((len(weights), M, pools_b[0].shape[2])), mask
+    return x.new_empty((M, sum(w.shape[0] for w in weights))), x.new_empty((len(weights), M, h_width(pools_b[0].shape[2]))), mask
 
 
 @torch.library.register_fake(f"lora_kernels::{_BWD}")
@@ -81,7 +82,7 @@ class _Call(NamedTuple):
 
 
 class _LoraBatched(torch.autograd.Function):
-    """Saves x (not copied), h [S, M, R] and the keep mask. The forward op is the one that serving calls, so its bits are serving's."""
+    """Saves x (not copied), h and the keep mask. The forward op is the one that serving calls, so its bits are serving's."""
 
     @staticmethod
     def forward(ctx, call, S, x, *tensors):

@@ -39,6 +39,8 @@ SHAPES = {
     "M1000-segments": dict(ids=sorted(ids_of(1000, 8)), Ns=[768], K=1024, R=64, L=8, ranks="mixed"),
     "M1000-shuffled": dict(ids=ids_of(1000, 16), Ns=[296], K=520, R=24, L=16, ranks="mixed"),
     "M1000-gathered": dict(ids=ids_of(1000, 100), Ns=[300, 200], K=520, R=24, L=100, ranks="mixed"),
+    "M300-rank8": dict(ids=sorted(ids_of(300, 5)), Ns=[264, 40], K=136, R=8, L=5, ranks=[8, 1, 8, 0, 5]),
+    "M300-ranks_1_8_24_100": dict(ids=ids_of(300, 4), Ns=[264], K=136, R=100, L=4, ranks=[1, 8, 24, 100]),
     "M40-none": dict(ids=[-1] * 40, Ns=[256], K=256, R=16, L=2),
 }
 # Llama-3-8B: o, q/k/v, gate/up, down.
@@ -85,11 +87,13 @@ def test_llama_sizes(name):
 
 
 @pytest.mark.parametrize(
-    ("M", "Ns"), [(17, [200, 72]), (300, [200]), (300, [200, 72]), (300, [196, 72])], ids=["decode", "tma", "tma-slices", "gathered"]
+    ("M", "Ns", "R"),
+    [(17, [200, 72], 24), (300, [200], 24), (300, [200, 72], 8), (300, [196, 72], 24)],
+    ids=["decode", "tma", "tma-slices", "gathered"],
 )
-def test_sanitize_every_form(M, Ns):
+def test_sanitize_every_form(M, Ns, R):
     """Small, with tails in every direction, forward and backward with dropout, for compute-sanitizer."""
-    b = Batch.random(ids=ids_of(M, 5), Ns=Ns, K=264, R=24, L=5, dtype=bf16, device=DEVICE, ranks="mixed")
+    b = Batch.random(ids=ids_of(M, 5), Ns=Ns, K=264, R=R, L=5, dtype=bf16, device=DEVICE, ranks="mixed")
     for _ in range(2):  # the second finds the counters as the first left them
         b.assert_close(linear(b))
     pools = [t.clone().requires_grad_() for t in (*b.pools_a, *b.pools_b)]

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from batched_cases import Batch
 
 from lora_kernels import _batch_table, reference_batched, testing
-from lora_kernels.kernels import _launch, batched, batched_reduce, batched_table
+from lora_kernels.kernels import _launch, batched, batched_decode, batched_prefill, batched_reduce, batched_table, batched_tma
+from lora_kernels.kernels.batched_common import rank_groups
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 MIXED = [0, 0, 3, -1, 2, 2, 2, -1, 1, 3, 3, 0, -1, 2, 9, -5, 4]  # 9 and -5 name no adapter
@@ -91,6 +92,64 @@ def test_row_bits_ignore_neighbours(form):
     assert torch.equal(first[4], second[4])
     moved = forward(b.replace(x=b.x.roll(3, 0), ids=b.ids.roll(3)), form)[0]
     assert torch.equal(moved.roll(-3, 0), first)
+
+
+@contextlib.contextmanager
+def nan_in_new_memory():
+    """torch's own: whatever is allocated, the scratch of h among it, starts as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.ones(1).new_empty(9).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+RANKS = {8: [8, 1, 5, 0], 100: [100, 24, 1, 65], 5: [5, 2, 0, 1]}  # B by 8 and 4 ranks at a time, and one by one
+
+
+def ranked(R: int) -> tuple[Batch, Batch]:
+    """A problem of these true ranks, and the same with NaN in the pools past them."""
+    b = Batch.random(ids=[0, 3, 1, -1, 2, 1, 0], Ns=[24], K=40, R=R, L=4, dtype=bf16, ranks=RANKS[R])
+    pools_a, pools_b = b.pools_a[0].clone(), b.pools_b[0].clone()
+    for slot, r in enumerate(RANKS[R]):
+        pools_a[slot, r:], pools_b[slot, :, r:] = float("nan"), float("nan")
+    return b, b.replace(pools_a=[pools_a], pools_b=[pools_b])
+
+
+@pytest.mark.parametrize("form", ["decode", "gather", "tma", "own_h"])
+@pytest.mark.parametrize("R", RANKS)
+def test_nothing_past_the_true_rank_counts(R, form):
+    b, poisoned = ranked(R)
+    y, h = forward(b, form)
+    b.assert_close(y)
+    assert h.shape[2] % 16 == 0
+    with nan_in_new_memory():
+        assert torch.equal(forward(poisoned, form)[0], y)
+
+
+@pytest.mark.parametrize(("form", "dropout"), [("gather", True), ("tma", True), ("own_h", False)])
+def test_nothing_past_the_true_rank_counts_in_gradients(form, dropout):
+    b, poisoned = ranked(8)
+    p, dy = torch.tensor([0.3, 0.0, 0.5, 0.1]) if dropout else None, torch.randn(7, 24).to(bf16)
+    with form_of(form):
+        clean = gradients(batched, b, dy, p, block=64)
+        with nan_in_new_memory():
+            found = gradients(batched, poisoned, dy, p, block=64)
+    for what in clean:
+        assert torch.equal(found[what], clean[what]), what
+
+
+@pytest.mark.parametrize("form", ["decode", "gather", "tma"])
+def test_offsets_of_64_bits(form, monkeypatch):
+    """B whose rows lie too far apart for offsets of 32 bits: the kernels for it give the same bits."""
+    far, b = torch.empty_strided((2, 4097, 8), (8, 1 << 19, 1), device="meta"), ranked(8)[0]
+    assert rank_groups([far]) == (0, (8,), (1 << 19, 1))
+    assert rank_groups([far[:, :4096]]) == (8, (1,), (1 << 16, 1))
+    y = forward(b, form)[0]
+    for module in (batched_decode, batched_prefill, batched_tma):
+        monkeypatch.setattr(module, "rank_groups", lambda pools: (0, tuple(t.stride(0) for t in pools), pools[0].stride()[1:]))
+    assert torch.equal(forward(b, form)[0], y)
 
 
 def test_batch_invariant_ignores_M():

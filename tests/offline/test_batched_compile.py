@@ -78,6 +78,23 @@ LLAMA = [Call("forward", M, R=R) for M, R in ((1, 16), (16, 64), (256, 64))] + [
     Call("forward", 8192, (4096, 1024, 1024), R=32),
     Call("forward", 8192, (4096, 1024, 1024), R=64),
 ]
+QKV = (4096, 1024, 1024)
+RANKS = [  # pools whose rows are no multiple of 16 ranks: B by 8, 4 or 2 ranks at a time, or one by one
+    Call("forward", 64, R=8),
+    Call("forward", 8192, R=8),
+    Call("forward", 8192, QKV, R=8),
+    Call("forward", 8192, R=8, pool_dtype=fp32),
+    Call("forward", 8192, R=8, L=1000),
+    Call("backward", 4096, R=8, dropout=True),
+    Call("forward", 8192, R=24),
+    Call("forward", 8192, R=4),
+    Call("forward", 8192, QKV, R=100),
+    Call("forward", 8192, R=100, bare=True),
+    Call("forward", 8192, QKV, R=50),
+    Call("forward", 8192, R=1),
+    Call("forward", 8192, R=33),
+    Call("forward", 8192, QKV, R=5),
+]
 OTHERS = [
     Call("table", 256, L=64),
     Call("table", 1 << 16, L=2047),
@@ -98,7 +115,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("call", LLAMA + OTHERS, ids=str)
+@pytest.mark.parametrize("call", LLAMA + RANKS + OTHERS, ids=str)
 def test_compiles_within_the_chip(call: Call) -> None:
     for arch in offline.ARCHS:
         for report in offline.reports(replace(call, arch=arch)):

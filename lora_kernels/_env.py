@@ -23,7 +23,8 @@ EXTRAS = {  # optional packages: what they are for
 }
 PREFIX = "LORA_KERNELS_"
 AT_RUN_TIME = tuple(PREFIX + name for name in ("BACKEND", "STRICT", "CPU_ISA", "BATCH_INVARIANT", "CHECK_IDS", "CACHE"))
-KNOWN = (*AT_RUN_TIME, *(PREFIX + name for name in ("CUDA", "ARCHS", "COMMIT", "EMULATE", "ORACLES", "BENCH_UNSLOTH", "FAILURES", "TEST_SECONDS")), "TRITON_INTERPRET")
+ELSEWHERE = ("CUDA", "ARCHS", "COMMIT", "EMULATE", "ORACLES", "BENCH_UNSLOTH", "FAILURES", "TEST_SECONDS")  # builds, tests, benchmarks
+KNOWN = (*AT_RUN_TIME, *(PREFIX + name for name in ELSEWHERE), "TRITON_INTERPRET")
 NATIVE_FIX = "reinstall from source where a C++ compiler is found: pip install --force-reinstall --no-deps ."
 
 

@@ -177,7 +177,8 @@ def _tests(folder, code):
     (folder / "torch.py").write_text(TORCH)
     (folder / "test_it.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder / "test_it.py")]
-    return command, gpu_run.environment(folder, "9.0")
+    env = gpu_run.environment(folder, "9.0")
+    return command, {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}  # of the worker that we may be in
 
 
 def test_failures_are_kept_of_workers_that_do_not_hear(tmp_path):

@@ -214,7 +214,9 @@ class TmaTiles:
         blocks = ((BM, BK), *(w_block,) * S, *self.absent, *(y_block,) * S, *self.absent)
         ints = (tuple(self.widths), ends, sbls, M, K, b.shape[0], R, *sbnr)
         ints += (h.stride(0), h.stride(1), stride0(ranks))
-        BR = block_rank(R, 64 if BN == 256 and b.dtype == x.dtype and not single else 32)  # a cast of 64 ranks spills, and so do single loads
+        cast = b.dtype != x.dtype
+        most = 64 if BN == 256 and not cast and not single else 16 if cast and masked else 32  # more spill: casts, single loads, masks
+        BR = block_rank(R, most)
         constants = {"S": S, "BM": BM, "BN": BN, "BK": BK, "BR": BR, "VEC": vec, "GROUP_M": 8, "TRANSPOSED": transposed}
         constants |= {"HAS_BIAS": biases is not None, "HAS_RANKS": ranks is not None, "MASKED": masked, "PREC": precision(x.dtype)}
         if self.own_h:

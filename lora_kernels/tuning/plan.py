@@ -73,11 +73,16 @@ def block_rank(R: int, most: int) -> int:
     return min(most, max(16, 1 << (R - 1).bit_length()))
 
 
+def whole_rank(R: int) -> bool:
+    """Whether a rank block is loaded without a mask, or is small: masked ones of 24 ranks spill in the column-0 form, of 100 in every form."""
+    return R % 16 == 0 or R <= 16
+
+
 def heuristic(problem: Problem, arch: int) -> Plan:
     """The plan when no table has measured one. `arch` is the compute capability as an integer, 90 for sm_90."""
     if problem.dtype == torch.float32 or not tma_arch(arch):
         return Plan(_implementation(problem), "pointer", *POINTER_TILE)
-    form = "column0" if problem.R <= 64 and not problem.dropout else "tma"
+    form = "column0" if problem.R <= 64 and not problem.dropout and whole_rank(problem.R) else "tma"
     tile = (128, 256, 64, 8, 3) if problem.M > 64 and problem.N > 128 else (128, 128, 64, 8, 4)
     return Plan(_implementation(problem), form, *tile)
 
@@ -90,7 +95,7 @@ def _implementation(problem: Problem) -> str:
     """
     if problem.dtype == torch.float32:
         return "torch"  # without TF32, tl.dot is plain FMA
-    if problem.M < 1024 or problem.K < 2048 or problem.N < 1024:
+    if problem.M < 1024 or problem.K < 2048 or problem.N < 1024 or (problem.R > 64 and not whole_rank(problem.R)):
         return "torch"
     return "triton"  # "cuda" (sm_90) only where a measured table names it: docs/measured.md says what those kernels have shown so far
 

@@ -160,10 +160,8 @@ def gate(arch: int) -> list[Layer]:
     """Layers that together reach every kernel, form and block size the heuristic can choose on this architecture."""
     common = [Layer(arch, R, p) for R in (16, 32, 64, 128) for p in (0.0, 0.05)]
     return common + [
-        Layer(arch, 8, 0.0),  # ranks that a rank block covers with a mask
-        Layer(arch, 8, 0.05),
+        Layer(arch, 8, 0.05),  # ranks that a rank block covers with a mask
         Layer(arch, 24, 0.0),
-        Layer(arch, 24, 0.05),
         Layer(arch, 64, 0.0, dtype=torch.float16, adapters=torch.float32),
         Layer(arch, 256, 0.05, dtype=torch.float16, adapters=torch.float32),
         Layer(arch, 20, 0.0, M=48, N=96),  # little M, narrow N: the small TMA tile

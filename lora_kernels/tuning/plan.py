@@ -74,7 +74,9 @@ def block_rank(R: int, most: int) -> int:
 
 
 def whole_rank(R: int) -> bool:
-    """Whether a rank block is loaded without a mask, or is small: masked ones of 24 ranks spill in the column-0 form, of 100 in every form."""
+    """Whether a rank block is loaded without a mask, or is small: masked ones of 24 ranks spill in the column-0 form
+    (sm_100), of 100 in the TMA form (sm_90).
+    """
     return R % 16 == 0 or R <= 16
 
 

@@ -77,26 +77,23 @@ inline int64_t panel_workspace(const Kernels& k, const PanelArgs& a) {
 
 constexpr int kMostProducts = 3;
 
-// Products in panel form that need nothing of each other, in one pass over the pool. Every thread has its part of each, taken in turn so that
-// the odd units of one go to another thread than those of the next.
+// Products in panel form that need nothing of each other, in one pass over the pool.
 inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int count, int threads) {
   int64_t floats = 0, most = 0, work = 0;
-  int64_t units[kMostProducts];
+  std::vector<Deal> deals;
   for (int i = 0; i < count; i++) {
+    deals.emplace_back(a[i], k.panel_rows(t, a[i]), threads);
     floats = std::max(floats, panel_workspace(k, a[i]));
-    units[i] = Deal(a[i], k.panel_rows(t, a[i]), threads).units();
-    most = std::max(most, units[i]);
+    most = std::max(most, deals[i].units());
     work += a[i].M * a[i].N * (a[i].K + a[i].R);
   }
-  const int64_t shares = std::min<int64_t>(threads_for(work, threads), most);
-  Scratch ws(static_cast<size_t>(floats * 4 * shares));
-  parallel(shares, static_cast<int>(shares), [&](int64_t s0, int64_t s1, int) {
-    for (int64_t s = s0; s < s1; s++)
-      for (int i = 0; i < count; i++) {
-        const int64_t turn = (s + i) % shares;
-        panel_units(k, t, a[i], Deal(a[i], k.panel_rows(t, a[i]), threads), units[i] * turn / shares, units[i] * (turn + 1) / shares,
-                    ws.as<float>() + s * floats);
-      }
+  const int shares = static_cast<int>(std::min<int64_t>(threads_for(work, threads), most));
+  std::vector<Units> units;
+  for (int i = 0; i < count; i++) units.emplace_back(deals[i].units(), shares, deals[i].chunks * (a[i].broad ? kBroad : 1));
+  const Scratch ws(static_cast<size_t>(floats * 4 * shares));
+  run_shares(shares, [&](int share) {
+    for (int i = 0; i < count; i++)
+      for (int64_t u0, u1; units[i].take(share, u0, u1);) panel_units(k, t, a[i], deals[i], u0, u1, ws.as<float>() + share * floats);
   });
 }
 

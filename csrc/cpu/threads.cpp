@@ -56,7 +56,7 @@ bool has_thread_pool() { return pool() != nullptr; }
 
 void run_shares(int shares, void (*body)(void*, int), void* context) {
   Job job{body, context, shares};
-  if (pool() && !forked)
+  if (shares > 1 && pool() && !forked)
     pool()(work, &job, static_cast<unsigned>(shares), 0);
   else
     work(&job);

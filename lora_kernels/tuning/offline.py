@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.cache import get_cache_manager
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import _launch, batched, batched_table, lora_linear
@@ -24,7 +28,7 @@ from . import store
 # Shared memory one program may have, bytes (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,17 @@ class Report:
     spills: int
     shared: int
     register_a: int
-    opcodes: dict[str, int]
     warnings: tuple[str, ...]
+    cubin: bytes = field(repr=False)
+
+    @functools.cached_property
+    def opcodes(self) -> dict[str, int]:
+        """How often each stands in the SASS. Read when asked for: disassembling takes longer than ptxas does."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            sass = subprocess.run([_NVDISASM, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout  # -ndf: no jump analysis
+        return dict(collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE)))
 
 
 def record(arch: int, call: Callable[[], Any]) -> list[tuple[_launch.Launcher, list]]:
@@ -89,17 +102,25 @@ def _source(launcher: _launch.Launcher, args: list) -> ASTSource:
     return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def _compile(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[CompiledKernel, str]:
+    """As on the GPU machine, through Triton's cache; and what ptxas said, which is kept there beside the kernel."""
+    said = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
+        cache = get_cache_manager(compiled.hash)
+        if not said.getvalue() and (kept := cache.get_file("ptxas.log")):
+            return compiled, Path(kept).read_text()
+        if not said.getvalue():  # in the cache by a launch, which keeps no log
+            knobs.compilation.always_compile = True
+            compiled = triton.compile(source, target=target, options=options)
+    cache.put(said.getvalue(), "ptxas.log", binary=False)
+    return compiled, said.getvalue()
+
+
 def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
     """Compile one recorded launch with the ptxas that Triton uses on the GPU machine."""
-    compiled = triton.compile(_source(launcher, args), target=GPUTarget("cuda", arch, 32), options=launcher.warps_stages)
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
-        ptx.write_text(compiled.asm["ptx"])
-        ptxas = _BIN / ("ptxas-blackwell" if arch >= 100 and (_BIN / "ptxas-blackwell").exists() else "ptxas")
-        log = subprocess.run([ptxas, "-v", f"--gpu-name={name}", ptx, "-o", cubin], capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([_BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-    opcodes = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE))
+    compiled, log = _compile(_source(launcher, args), GPUTarget("cuda", arch, 32), launcher.warps_stages)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log))
     shown = {k: v for k, v in launcher.constants.items() if k not in ("GROUP_M", "HAS_BIAS", "PRECISION", "PREC")}
     config = " ".join(f"{k}={int(v)}" for k, v in (shown | launcher.warps_stages).items())
@@ -111,8 +132,8 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
         spills=spills,
         shared=compiled.metadata.shared,
         register_a=len(re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", compiled.asm["ptx"])),
-        opcodes=dict(opcodes),
         warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)))),
+        cubin=compiled.asm["cubin"],
     )
 
 

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from triton import knobs
+
 from lora_kernels.tuning import offline
 
 
@@ -24,3 +26,16 @@ def test_compiles_within_the_chip(layer: offline.Layer) -> None:
             product = "HGMMA" if report.arch == 90 else "UTCHMMA"
             missing = [name for name in (product, "UTMALDG", "UTMASTG") if not report.opcodes.get(name)]
             assert not missing, f"{what}: no {missing}"
+
+
+def test_reports_do_not_depend_on_tritons_cache(tmp_path) -> None:
+    """Compiled here, kept with what ptxas said, or put there by a launch that kept no log."""
+    launcher, args = offline.record(80, offline.Layer(80, 16).call)[-1]
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        compiled = offline.compile_launch(launcher, args, 80)
+        assert compiled.registers > 0
+        assert offline.compile_launch(launcher, args, 80) == compiled
+        (log,) = tmp_path.rglob("ptxas.log")
+        log.unlink()
+        assert offline.compile_launch(launcher, args, 80) == compiled

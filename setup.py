@@ -17,8 +17,9 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         import native_build  # csrc/native_build.py: what is compiled, and how
 
+        folder = native_build.FOLDER if self.editable_mode else Path(self.build_temp).resolve()
         try:
-            native_build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve())
+            native_build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), folder)
         except native_build.CannotBuild as why:
             print(f"lora_kernels: the native module is not built: {why}", file=sys.stderr)
 

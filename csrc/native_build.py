@@ -1,7 +1,7 @@
 """Compiles `lora_kernels._C` with ninja: C++ for the CPU always, CUDA where csrc/cuda brings its part and nvcc is found. Needs no torch.
 
-`python csrc/native_build.py` builds it in place, whatever setuptools is there. CXX, CXXFLAGS and LDFLAGS are honoured. The CUDA part joins
-through `csrc/cuda/native_build_cuda.py`: a function `part(build_dir) -> Part | None`.
+`python csrc/native_build.py` builds it in place, whatever setuptools is there; an editable install keeps its objects in the same FOLDER. CXX,
+CXXFLAGS and LDFLAGS are honoured. The CUDA part joins through `csrc/cuda/native_build_cuda.py`: a function `part(build_dir) -> Part | None`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
+FOLDER = CSRC.parent / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -34,6 +36,7 @@ class Unit:
 
     source: Path
     command: list[str]
+    keep_log: bool = False  # what the compiler said, in source.o.log
 
 
 @dataclass
@@ -109,12 +112,16 @@ def _escape(text: str) -> str:
 
 
 def write_ninja(units: list[Unit], link: list[str], target: Path, build_dir: Path) -> None:
-    lines = ["ninja_required_version = 1.5", "rule compile", "  command = $cmd -MMD -MF $out.d -c $in -o $out", "  deps = gcc", "  depfile = $out.d"]
+    lines = ["ninja_required_version = 1.5", "rule compile", "  command = $cmd -MMD -MF $out.d -c $in -o $out $log"]
+    lines += ["  deps = gcc", "  depfile = $out.d"]
     lines += ["rule link", "  command = $cmd $in -o $out $libs"]
     objects = []
     for unit in units:
         objects.append(_escape(str(build_dir / f"{unit.source.stem}.o")))
         lines += [f"build {objects[-1]}: compile {_escape(str(unit.source))}", f"  cmd = {' '.join(unit.command)}"]
+        if unit.keep_log:
+            log = shlex.quote(str(build_dir / f"{unit.source.stem}.o.log")).replace("$", "$$")
+            lines += [f"  log = > {log} 2>&1 || (cat {log}; exit 1)"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     lines += [f"build {_escape(str(target))}: link {' '.join(objects)}"]
     lines += [f"  cmd = {' '.join([*compiler(), '-shared', *undefined])}", f"  libs = {' '.join([*link, *os.environ.get('LDFLAGS', '').split()])}"]
@@ -141,7 +148,7 @@ def build(target: Path, build_dir: Path) -> None:
 def main() -> None:
     """Into the source tree, without setuptools."""
     target = CSRC.parent / "lora_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    build(target, CSRC.parent / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+    build(target, FOLDER)
 
 
 if __name__ == "__main__":

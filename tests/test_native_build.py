@@ -40,6 +40,26 @@ def test_a_compiler_that_is_not_there(native_build, monkeypatch, tmp_path):
     assert not (tmp_path / "lib" / "_C.so").exists()
 
 
+def test_what_a_compiler_said_is_kept_and_shown_if_it_failed(native_build, tmp_path):
+    pytest.importorskip("ninja")
+    source = tmp_path / "one.cpp"
+    source.touch()
+
+    def run(code: int) -> str:
+        compiler = tmp_path / f"compiler{code}"
+        compiler.write_text(f"#!/bin/sh\necho 168 registers\ntouch {tmp_path}/one.o {tmp_path}/one.o.d\nexit {code}\n")
+        compiler.chmod(0o755)
+        native_build.write_ninja([native_build.Unit(source, [str(compiler)], keep_log=True)], [], tmp_path / "_C.so", tmp_path)
+        done = subprocess.run([native_build.ninja(), "-C", tmp_path, tmp_path / "one.o"], capture_output=True, text=True)
+        assert bool(done.returncode) == bool(code)
+        return done.stdout
+
+    assert "FAILED" in run(1)
+    assert "\n168 registers" in run(1)
+    assert "\n168 registers" not in run(0)
+    assert (tmp_path / "one.o.log").read_text() == "168 registers\n"
+
+
 def test_cxx_may_carry_arguments(native_build, monkeypatch):
     monkeypatch.setenv("CXX", "ccache clang++")
     assert native_build.compiler() == ["ccache", "clang++"]

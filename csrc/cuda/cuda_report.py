@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import native_build  # noqa: E402
 import native_build_cuda  # noqa: E402
 
 OPCODES = ("HGMMA", "UTMALDG", "UTMASTG", "STSM", "HMMA", "FFMA", "LDL", "STL", "USETMAXREG")
@@ -106,34 +107,30 @@ def read_sass(text: str, kernels: dict[str, Kernel]) -> None:
                 current.highest_producer_register = max([current.highest_producer_register, *registers])
 
 
-def compile_one(source: Path, folder: Path) -> dict[str, Kernel]:
-    compiler = native_build_cuda.nvcc()
-    cubin = folder / f"{source.stem}.cubin"
-    run = subprocess.run([*native_build_cuda.command(compiler), "-cubin", str(source), "-o", str(cubin)], capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"{source.name}: {run.stdout}{run.stderr}")
-    kernels = read_log(run.stdout + run.stderr)
+def read_object(path: Path) -> list[Kernel]:
+    kernels = read_log(Path(f"{path}.log").read_text())
     if kernels:
-        read_sass(subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout, kernels)
-    cubin.unlink()
-    return kernels
+        read_sass(subprocess.run([cuobjdump(), "-sass", path], capture_output=True, text=True, check=True).stdout, kernels)
+    return list(kernels.values())
 
 
-def compiled(cache: Path) -> list[Kernel]:
-    """All kernels, compiled once for this text of csrc/cuda and this nvcc; processes that come meanwhile wait for the first."""
-    digest = hashlib.sha256(str(native_build_cuda.version(native_build_cuda.nvcc())).encode())
-    for path in sorted(HERE.glob("*.*")):
-        if path.suffix in (".cu", ".cuh", ".h", ".py"):
-            digest.update(path.name.encode() + path.read_bytes())
-    cache.mkdir(parents=True, exist_ok=True)
-    result = cache / f"{digest.hexdigest()[:16]}.pickle"
-    with open(cache / "lock", "w") as lock:
+def compiled(folder: Path = native_build.FOLDER) -> list[Kernel]:
+    """All kernels, from the objects of the module's build, brought up to date; processes that come meanwhile wait for the first."""
+    units = native_build_cuda.kernel_units(native_build_cuda.nvcc())
+    objects = [folder / f"{unit.source.stem}.o" for unit in units]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        native_build.write_ninja(units, [], folder / "kernels.so", folder)
+        run = subprocess.run([native_build.ninja(), "-C", folder, *objects], capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(run.stdout + run.stderr)
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *objects)))
+        result = folder / f"report-{digest.hexdigest()[:16]}.pickle"
         if not result.exists():
-            sources = [s for s in native_build_cuda.sources() if s.suffix == ".cu"]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                parts = list(pool.map(lambda s: compile_one(s, cache), sources))
-            result.write_bytes(pickle.dumps([vars(k) for part in parts for k in part.values()]))
+                parts = list(pool.map(read_object, objects))
+            result.write_bytes(pickle.dumps([vars(k) for part in parts for k in part]))
     return [Kernel(**k) for k in pickle.loads(result.read_bytes())]
 
 
@@ -188,5 +185,5 @@ if __name__ == "__main__":
         sizes = _C.cuda_kernels()
     except (ImportError, AttributeError):
         sizes = {}
-    print(table(compiled(HERE.parent.parent / "build" / "cuda_gate"), sizes))
+    print(table(compiled(), sizes))
     print("\n" + predictions())

@@ -63,6 +63,14 @@ def sources() -> list[Path]:
     return [HERE / name for name in (*kernels, "host.cpp")]
 
 
+def kernel_units(compiler: str) -> list:
+    """What ptxas says of them is read by cuda_report.py; another nvcc makes them anew."""
+    from native_build import Unit
+
+    flags = [*command(compiler), "-DCOMPILED_BY={}.{}".format(*version(compiler))]
+    return [Unit(source, flags, keep_log=True) for source in sources() if source.suffix == ".cu"]
+
+
 def link_flags(compiler: str) -> list[str]:
     """The CUDA runtime is linked in, so the module needs no libcudart and loads where there is no driver."""
     top = toolkit(compiler)
@@ -84,8 +92,8 @@ def part(build_dir: Path):
         return None
     flags = command(compiler)
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    units = [Unit(source, flags) for source in sources()] + [Unit(HERE / "bindings_cuda.cpp", [*flags, *includes])]
-    return Part(units, defines=["-DLORA_KERNELS_CUDA"], link=link_flags(compiler))
+    host = [Unit(source, flags) for source in sources() if source.suffix != ".cu"] + [Unit(HERE / "bindings_cuda.cpp", [*flags, *includes])]
+    return Part(kernel_units(compiler) + host, defines=["-DLORA_KERNELS_CUDA"], link=link_flags(compiler))
 
 
 def _cannot(why: str) -> Exception:

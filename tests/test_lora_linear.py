@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import reference
+from lora_kernels.ops import _serving_path, lora_linear
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -65,6 +66,46 @@ def test_leading_dimensions_and_strides():
     strided = torch.empty(36, 24).t().copy_(c.x)
     got = lk.lora_linear(strided, c.weight.t().contiguous().t(), c.bias, c.lora_a.t().contiguous().t(), c.lora_b, c.scaling)
     torch.testing.assert_close(got, expected)
+
+
+LOSSES = {
+    "sum": lambda y: y.sum(),
+    "mean of 3-D": lambda y: y.view(2, 8, -1).mean(),
+    "sum over rows": lambda y: y.sum(0).square().sum(),
+    "sum over columns": lambda y: y.sum(1).square().sum(),
+    "transposed": lambda y: (y.t() @ torch.ones(y.shape[0], 3)).square().sum(),
+}
+
+
+@pytest.mark.parametrize("observed", [False, True], ids=["lean path", "dispatcher"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_kernels_get_contiguous_rows_whatever_the_gradient_s_strides(loss, observed, monkeypatch):
+    """A dy of one element or by columns is made rows once, so that no backend has a reason to refuse it; x likewise."""
+    strides, ops = [], dict(reference.OPS)
+    for module, remembered in ((lora_linear, "_forward_runs"), (lora_linear, "_backward_runs"), (_serving_path, "_runs")):
+        monkeypatch.setattr(module, remembered, {})
+    for name, wide in (("lora_linear_fwd", 1), ("lora_linear_bwd", 2), ("lora_batched_fwd", 1), ("lora_batched_bwd", 2)):
+        run = ops[name][0]
+        seen = lambda *args, run=run, wide=wide: (strides.extend(t.stride() for t in args[:wide]), run(*args))[1]
+        monkeypatch.setitem(reference.OPS, name, (seen, lambda *_: None))
+    c, ids = Case.random(16, 8, 12, 4), torch.zeros(16, dtype=torch.int32)
+    calls = {
+        "one adapter": lambda x, a, b: lk.lora_linear(x, c.weight, None, a, b, backend="reference"),
+        "many": lambda x, a, b: lk.lora_batched_linear(x, c.weight, None, a[None], b[None], ids, backend="reference"),
+    }
+    for call in calls.values():
+        for x in (c.x, c.x.t().contiguous().t()):
+            leaves = [t.detach().requires_grad_() for t in (x, c.lora_a, c.lora_b)]
+            strides.clear()
+            with FlopCounterMode(display=False) if observed else contextlib.nullcontext():
+                got = torch.autograd.grad(LOSSES[loss](call(*leaves)), leaves)
+            assert strides == [(12, 1), (8, 1), (12, 1)]
+            plain = F.linear(leaves[0], c.weight) + F.linear(F.linear(leaves[0], leaves[1]), leaves[2])
+            for mine, theirs in zip(got, torch.autograd.grad(LOSSES[loss](plain), leaves), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+            with torch.no_grad():
+                torch.testing.assert_close(call(*leaves), plain.detach())
+            assert strides[3:] == [(12, 1)]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -144,6 +144,21 @@ def test_row_strided_inputs_are_read_in_place(isa, form, dtype):
     assert_close(got, c)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+def test_any_strides_of_x_and_dy(form, dropout_p):
+    """A summed y has a dy of one element, a transposed one a dy by columns; x may be a transposed view: no reason for the reference."""
+    c = Case.random(16, 24, 40, 4, dropout_p=dropout_p)
+    by_columns = lambda t: t.t().contiguous().t()
+    for changes in ({"dy": torch.ones(()).expand(16, 24)}, {"dy": c.dy[:1].expand(16, 24)}, {"dy": by_columns(c.dy), "x": by_columns(c.x)}):
+        odd = c._replace(**changes)
+        for _ in range(2):  # the second call's way is remembered
+            assert_close(run(odd), odd)
+    x = c.x.requires_grad_()
+    y = lk.lora_linear(x.view(2, 8, 40), c.weight, c.bias, c.lora_a, c.lora_b, backend="cpu", strict=True)
+    y.mean().backward()
+    torch.testing.assert_close(x.grad, ((c.weight + c.lora_b @ c.lora_a).sum(0) / y.numel()).expand(16, 40))
+
+
 def test_huge_leading_dimension():
     rows, ld = 3, 2**31 + 8  # 4 GiB and more between rows; only the touched pages exist
     base = torch.empty((rows - 1) * ld + 64, dtype=bf16)

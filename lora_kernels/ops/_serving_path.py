@@ -17,7 +17,7 @@ from .. import _checks_batched
 from ..native.signature import unobserved_signature
 from . import _registry
 from .batch_meta import BatchMeta, check_ids, check_ranks
-from .lora_linear import _outside_autocast, any_autocast, keep
+from .lora_linear import _outside_autocast, any_autocast, dense, keep
 
 _OP = "lora_batched_fwd"
 _runs: dict[tuple, Callable] = {}
@@ -82,9 +82,10 @@ def remember(key: tuple, x, weight, mapping, ranks, scalings, args: tuple, backe
     flat, pools_a, pools_b, more = args[0], args[3], args[4], args[-3:]
     if _unlikely(mapping, flat):
         return
+    args = (dense(flat), *args[1:])
     run, quiet = _registry.decide(_OP, backend, strict, flat.device.type, args)
     prepare, (L, _, R) = getattr(run, "prepare_serving", None), pools_b[0].shape
-    if prepare and (x.dim() == 2 or x.is_contiguous()) and _vector(ranks, torch.int32) and _vector(scalings, torch.float32):
+    if prepare and (x is args[0] or x.is_contiguous()) and _vector(ranks, torch.int32) and _vector(scalings, torch.float32):
         call = prepare(x.shape[:-1], *args)
     else:
         call = _through(run, len(pools_a), isinstance(weight, Tensor), *more)
@@ -101,7 +102,7 @@ def remember_shrink(key: tuple, mapping, ranks, scalings, args: tuple, backend: 
     flat, pools_a, more = args[0], args[1], args[-3:]
     if _unlikely(mapping, flat):
         return
-    run, quiet = _registry.decide("lora_shrink", backend, strict, flat.device.type, args)
+    run, quiet = _registry.decide("lora_shrink", backend, strict, flat.device.type, (dense(flat), *args[1:]))
     S, (L, R, _) = len(pools_a), pools_a[0].shape
     R = R // S if more[1] else R
     direct = hasattr(run, "takes_vectors") and _vector(ranks, torch.int32) and _vector(scalings, torch.float32)
@@ -111,7 +112,7 @@ def remember_shrink(key: tuple, mapping, ranks, scalings, args: tuple, backend: 
         if not direct:
             ranks, scalings = _rows_of(ranks, torch.int32, S), _rows_of(scalings, torch.float32, S)
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        return run(flat, [*pools_a], ids, ranks, scalings, table, *more)
+        return run(dense(flat), [*pools_a], ids, ranks, scalings, table, *more)
 
     _keep(key, flat.device.type, checked, quiet)
 
@@ -150,7 +151,7 @@ def _through(run: Callable, S: int, stacked: bool, block: int, rank_packed: bool
         biases = [None] * S if bias is None else bias.split(widths) if stacked and S > 1 else as_list(bias)
         vectors = _rows_of(ranks, torch.int32, S), _rows_of(scalings, torch.float32, S)
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = run(flat, [*weights], [*biases], [*pools_a], [*pools_b], ids, *vectors, None, None, table, block, rank_packed, batch_invariant)[0]
+        y = run(dense(flat), [*weights], [*biases], [*pools_a], [*pools_b], ids, *vectors, None, None, table, block, rank_packed, batch_invariant)[0]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     return call

@@ -15,7 +15,7 @@ from ..reference_batched import h_width
 from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks
-from .lora_linear import PLAIN, _autocasts, _run, any_autocast, draw_seed, refuse_transforms
+from .lora_linear import PLAIN, _autocasts, _run, any_autocast, dense, draw_seed, refuse_transforms
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -37,13 +37,13 @@ torch.library.define(
 @torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
 def _fwd_impl(x, *rest):
     *args, backend, strict = rest
-    return _run(_FWD, x.device.type, backend, strict, (x, *args))
+    return _run(_FWD, x.device.type, backend, strict, (dense(x), *args))
 
 
 @torch.library.impl(f"lora_kernels::{_BWD}", "CompositeExplicitAutograd")
-def _bwd_impl(dy, *rest):
+def _bwd_impl(dy, x, *rest):
     *args, backend, strict = rest
-    return _run(_BWD, dy.device.type, backend, strict, (dy, *args))
+    return _run(_BWD, dy.device.type, backend, strict, (dense(dy), dense(x), *args))
 
 
 @torch.library.register_fake(f"lora_kernels::{_FWD}")

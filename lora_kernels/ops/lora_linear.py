@@ -52,12 +52,12 @@ def _outside_autocast(run: Callable, device_type: str, *args):
 
 @torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
 def _fwd_impl(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict):
-    return _run(_FWD, x.device.type, backend, strict, (x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed))
+    return _run(_FWD, x.device.type, backend, strict, (dense(x), weight, bias, lora_a, lora_b, scaling, dropout_p, seed))
 
 
 @torch.library.impl(f"lora_kernels::{_BWD}", "CompositeExplicitAutograd")
 def _bwd_impl(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db, backend, strict):
-    args = (dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
+    args = (dense(dy), dense(x), weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
     return _run(_BWD, x.device.type, backend, strict, args)
 
 
@@ -101,7 +101,7 @@ def _remember(
 
     The operands `wide` (x, or dy and x) have any number of dimensions and are taken as they are; first result likewise.
     """
-    args, device_type = (*map(_rows, wide), *narrow), wide[0].device.type
+    args, device_type = (*map(_dense_rows, wide), *narrow), wide[0].device.type
     run, quiet = _registry.decide(op, backend, strict, device_type, args)
     run = _prepared(run, wide, args, **how)
     return keep(runs, key, functools.partial(_outside_autocast, run, device_type) if autocast else run, quiet)
@@ -109,10 +109,10 @@ def _remember(
 
 def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool) -> Callable:
     """`run` for every call of this signature, its operands `wide` given as in this one, while `args` has their rows."""
-    lead = wide[0].shape[:-1]
+    lead, as_they_are = wide[0].shape[:-1], all(rows is t for rows, t in zip(args, wide, strict=False))
     prepare, prepare_nd = getattr(run, "prepare", None), getattr(run, "prepare_nd", None)
     if prepare_nd is not None:
-        direct = len(lead) == 1 or all(t.is_contiguous() for t in wide)
+        direct = as_they_are or all(t.is_contiguous() for t in wide)
         made = prepare_nd(lead if direct else args[0].shape[:1], *args, **how)
         if made is not None and direct:
             return made
@@ -121,10 +121,10 @@ def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool)
     flat = made or run
 
     def flattened(*args):
-        first, *rest = flat(*map(_rows, args[: len(wide)]), *args[len(wide) :])
+        first, *rest = flat(*map(_dense_rows, args[: len(wide)]), *args[len(wide) :])
         return _shaped(first, lead) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
 
-    return flat if len(lead) == 1 else flattened
+    return flat if as_they_are else flattened
 
 
 def keep(runs: dict, key: tuple, run: Callable, quiet: bool) -> Callable:
@@ -167,6 +167,18 @@ _apply = super(torch.autograd.Function, _LoraLinear).apply
 
 def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def dense(t: Tensor) -> Tensor:
+    """The matrix `t` with rows that are contiguous and lie apart, a copy where they do not: the only ones that every kernel reads.
+
+    y.sum().backward() gives a dy of one element, y.sum(0) one of one row, y.t() one by columns.
+    """
+    return t if (t.stride(1) == 1 and t.stride(0) != 0) or t.shape[1] == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    return dense(_rows(t))
 
 
 def _shaped(t: Tensor, lead: Sequence[int]) -> Tensor:
@@ -251,7 +263,8 @@ def lora_linear(
         F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p, training), lora_a), lora_b)
 
     Args:
-        x: `[..., K]` bfloat16, float16 or float32; any strides; any number of rows, also none.
+        x: `[..., K]` bfloat16, float16 or float32; any strides (copied for the call where rows are not contiguous); any number of rows,
+            also none.
         weight: `[N, K]`, x's dtype, frozen.
         bias: `[N]`, x's dtype, or None.
         lora_a: `[R, K]` in x's dtype or float32.

@@ -13,7 +13,7 @@ from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks
 from .lora_batched import resolve_meta, squeeze_slab
-from .lora_linear import _run, refuse_transforms
+from .lora_linear import _run, dense, refuse_transforms
 
 torch.library.define(
     "lora_kernels::lora_shrink",
@@ -25,7 +25,7 @@ torch.library.define(
 @torch.library.impl("lora_kernels::lora_shrink", "CompositeExplicitAutograd")
 def _impl(x, *rest):
     *args, backend, strict = rest
-    return _run("lora_shrink", x.device.type, backend, strict, (x, *args))
+    return _run("lora_shrink", x.device.type, backend, strict, (dense(x), *args))
 
 
 @torch.library.register_fake("lora_kernels::lora_shrink")

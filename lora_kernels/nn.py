@@ -112,7 +112,7 @@ class LoraLinear(nn.Module):
         """Write W + scaling * B A into the base weight (summed in float32, rounded once to W's dtype); the adapter rests.
 
         Memory: a copy of W is kept until `unmerge`, which therefore restores it bit for bit. Does nothing when merged already.
-        As in PEFT, whoever shares the base weight sees the merged one, and so does `state_dict`.
+        As in PEFT, whoever shares the base weight sees the merged one, and so does `state_dict`; `load_state_dict` wants `unmerge` first.
 
         Raises: LoraValueError when the merged weight is not finite in W's dtype; nothing is changed then.
         """
@@ -132,6 +132,14 @@ class LoraLinear(nn.Module):
             raise LoraKernelsError(message("LoraLinear.unmerge: the adapter is not merged", fix="call merge() first"))
         self.base_layer.weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Refuses weights while merged: `unmerge` would put the base weight from before back over the loaded one."""
+        if self.merged and any(f"{prefix}{name}.weight" in state_dict for name in ("base_layer", "lora_A", "lora_B")):
+            raise LoraKernelsError(
+                message("LoraLinear: weights cannot be loaded while the adapter is merged", prefix.rstrip(".") or None, fix="call unmerge() first")
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         base = self.base_layer

@@ -139,6 +139,24 @@ def test_merged_layer_survives_copying_and_pickling():
     assert layer.merged
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_loading_into_a_merged_layer_is_refused_and_changes_nothing(strict):
+    """Else `unmerge` would put the base weight from before the load back."""
+    layer, x = trained(), torch.randn(3, 13)
+    other = trained().state_dict()
+    layer.merge()
+    y = layer(x)
+    for state in (other, {k: v for k, v in other.items() if "lora" in k}) if not strict else (other,):
+        with pytest.raises(lk.LoraKernelsError, match=r"while the adapter is merged; got 0; fix: call unmerge\(\) first"):
+            nn.Sequential(layer).load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=strict)
+    assert torch.equal(layer(x), y)
+    layer.unmerge()
+    layer.load_state_dict(other)
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, other["base_layer.weight"])
+
+
 def test_unmerge_of_an_unmerged_layer():
     with pytest.raises(lk.LoraKernelsError, match="not merged; fix: call merge"):
         trained().unmerge()

@@ -169,6 +169,9 @@ def plain_operands(layer: Linear) -> str | Operands:
     (weight, bias), (lora_a, bias_a), (lora_b, lora_bias) = _tensors(base), _tensors(a), _tensors(b)
     if bias_a is not None:
         return "lora_A has a bias"
+    for role, tensor in (("base_layer", weight), ("lora_A", lora_a), ("lora_B", lora_b)):
+        if len(tensor.shape) != 2 or 0 in tensor.shape:  # freed or flattened by ZeRO-3 or FSDP1 until the module that owns it is called
+            return f"{role}'s weight is not gathered, its shape is {list(tensor.shape)}"
     if weight.requires_grad and torch.is_grad_enabled():
         return "base weight requires grad"
     return Operands(weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p)

@@ -41,6 +41,9 @@ def fsdp(units: str) -> dict:
     expected.backward()
     grads = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
     lk.patch(model)
+    if units == "compiled decoder layers":
+        for layer in model.base_model.model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
     if units == "adapters":
         for layer in (m for m in model.modules() if isinstance(m, Linear)):
             fully_shard(layer.lora_A["default"]), fully_shard(layer.lora_B["default"])
@@ -50,19 +53,26 @@ def fsdp(units: str) -> dict:
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(model)
+    if units == "compiled decoder layers":  # traced calls are not counted
+        return fsdp_gaps(model, expected, grads)
     calls = {"fused": 0, "peft": 0}
     op, tell = peft_layer.lora_linear, peft_layer._left_to_peft
     peft_layer.lora_linear = lambda *a: (calls.update(fused=calls["fused"] + 1), op(*a))[1]
     peft_layer._left_to_peft = lambda *a: (calls.update(peft=calls["peft"] + 1), tell(*a))[1]
     try:
-        for _ in range(2):
-            model.zero_grad()
-            value = loss(model, "llama")
-            value.backward()
+        found = fsdp_gaps(model, expected, grads)
     finally:
         peft_layer.lora_linear, peft_layer._left_to_peft = op, tell
+    return calls | found
+
+
+def fsdp_gaps(model: torch.nn.Module, expected: torch.Tensor, grads: dict[str, torch.Tensor]) -> dict:
+    for _ in range(2):
+        model.zero_grad()
+        value = loss(model, "llama")
+        value.backward()
     gaps = {n: gap(p.grad.full_tensor(), grads[n]) for n, p in model.named_parameters() if p.grad is not None}
-    return calls | {"same_names": sorted(gaps) == sorted(grads), "gap": max(gap(value.detach(), expected.detach()), *gaps.values())}
+    return {"same_names": sorted(gaps) == sorted(grads), "gap": max(gap(value.detach(), expected.detach()), *gaps.values())}
 
 
 def sharded_op(layout: str, bias: bool, dropout_p: float) -> dict:
@@ -83,16 +93,37 @@ def sharded_op(layout: str, bias: bool, dropout_p: float) -> dict:
     return {"gap": max(gap(*pair) for pair in zip(*results, strict=True)), "y": placement}
 
 
+def drawn_seed(column: bool, rank: int) -> float:
+    """A layer with dropout whose ranks' generators differ, on DTensors, against the plain layer with rank 0's generator."""
+    mesh, g = init_device_mesh("cpu", (dist.get_world_size(),)), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    layer = lk.LoraLinear(10, 8, r=4, lora_dropout=0.4)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(6, 10, generator=g)
+    torch.manual_seed(100)
+    expected = layer(x)
+    for part in (layer.base_layer, layer.lora_B, layer.lora_A):
+        for name, p in list(part.named_parameters()):
+            split = distribute_tensor(p.detach(), mesh, [ROWS if column and part is not layer.lora_A else WHOLE])
+            part.register_parameter(name, torch.nn.Parameter(split, requires_grad=p.requires_grad))
+    torch.manual_seed(100 + rank)
+    return gap(layer(distribute_tensor(x, mesh, [WHOLE])).full_tensor(), expected)
+
+
 def main(rank: int, world_size: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    found = {f"fsdp {units}": fsdp(units) for units in ("decoder layers", "LoRA layers", "adapters")}
+    found = {f"fsdp {units}": fsdp(units) for units in ("decoder layers", "LoRA layers", "adapters", "compiled decoder layers")}
     register_sharding_rules()
     register_sharding_rules()
     for layout in LAYOUTS:
         for bias in (True, False):
             for dropout_p in (0.0, 0.4):
                 found[f"op {layout} bias={bias} dropout={dropout_p}"] = sharded_op(layout, bias, dropout_p)
+    for column in (False, True):
+        gaps = [None] * world_size
+        dist.all_gather_object(gaps, drawn_seed(column, rank))
+        found[f"drawn seed column={column}"] = max(gaps)
     if rank == 0:
         print(json.dumps(found))
     dist.barrier()

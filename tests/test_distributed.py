@@ -38,6 +38,18 @@ def test_fsdp2_trains_as_one_process(found, units, fused):
     assert result["gap"] < TOLERANCE
 
 
+def test_fsdp2_of_compiled_decoder_layers_trains_as_one_process(found):
+    result = found["fsdp compiled decoder layers"]
+    assert result["same_names"]
+    assert result["gap"] < TOLERANCE
+
+
+@pytest.mark.parametrize("column", [False, True], ids=["replicate", "column"])
+def test_ranks_share_the_drawn_seed_of_dropout(found, column):
+    """Each rank's own would give every rank another mask, and replicated adapters other gradients."""
+    assert found[f"drawn seed column={column}"] < TOLERANCE
+
+
 PLACEMENTS = {"replicate": "R", "column": "S(1)", "row": "P(sum)", "token": "S(0)", "odd one": None}
 
 

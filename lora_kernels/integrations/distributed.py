@@ -25,8 +25,8 @@ def register_sharding_rules() -> None:
         row parallel      x, weight, lora_a split over K         -> y a partial sum
         token parallel    x split over M                         -> y split over M
 
-    With dropout only the first two apply (the mask counts rows and columns from the first local one), and the seed must be given,
-    as a DTensor replicated over the mesh.
+    With dropout only the first two apply (the mask counts rows and columns from the first local one); every rank uses the seed that
+    rank 0 of the mesh draws or is given.
 
     Equivalent to: the same call on the full tensors. Source: DTensor's `register_sharding`.
     """

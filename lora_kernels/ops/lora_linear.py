@@ -244,6 +244,13 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 
+def _everywhere(seed: Tensor, x: Tensor) -> Tensor:
+    """Rank 0's seed on every rank of the DTensor x's mesh: DTensor would take each rank's own for the same number."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    return seed if isinstance(seed, DTensor) else distribute_tensor(seed, x.device_mesh, [Replicate()] * x.device_mesh.ndim)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -273,7 +280,7 @@ def lora_linear(
         dropout_p: probability of dropping an element of the low-rank branch's input, rounded to a multiple of 1 / 65536; kept ones are
             scaled by 1 / (1 - p) of the rounded p, so that expectations are exact. The mask is saved as one bit per element.
         training: dropout applies only when True.
-        seed: of the dropout mask; drawn from torch's generator when None.
+        seed: of the dropout mask; drawn from torch's generator when None (for a DTensor x: rank 0's, sent to its mesh).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         strict: raise instead of falling back when `backend` cannot run this call.
 
@@ -317,6 +324,8 @@ def lora_linear(
     dropout_p = float(dropout_p) if training else 0.0
     seed = draw_seed(seed, x.device) if dropout_p > 0 else None
     if key is None:
+        if seed is not None and hasattr(x, "device_mesh"):
+            seed = _everywhere(seed, x)
         refuse_transforms("lora_linear", x, lora_a, lora_b)
         apply = _LoraLinear.apply
     else:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _device
@@ -199,9 +200,14 @@ def _module_refused(role: str, module: nn.Module) -> str | None:
     if _hooked(module):
         return f"hooks on {role}"
     for tensor in module._parameters.values():
-        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+        if tensor is not None and not _plain(tensor):
             return f"{role} holds a {type(tensor).__name__}"
     return None
+
+
+def _plain(t: object) -> bool:
+    """Whether `t` is a tensor without behaviour of its own, or stands for one while torch.export traces without dynamo (strict=False)."""
+    return type(t) in _PLAIN_TENSORS or (type(t) is FakeTensor and torch.compiler.is_compiling())
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -213,7 +219,7 @@ def _hooked(module: nn.Module) -> bool:
 def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:
     """Why this call's x or its surroundings need PEFT's own forward, or None."""
     weight, bias, lora_a, lora_b = found[:4]
-    if type(x) not in _PLAIN_TENSORS or x.layout is not torch.strided or x.is_nested:
+    if not _plain(x) or x.layout is not torch.strided or x.is_nested:
         return f"x is a {type(x).__name__}, {getattr(x, 'layout', 'no tensor')}"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"

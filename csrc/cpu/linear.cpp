@@ -126,7 +126,7 @@ void lora_linear_bwd(const Problem& p, const Backward& b) {
     if (count) panel_products(k, p.type, &product, 1, p.threads);
   }
 
-  PanelArgs products[kMostProducts];
+  PanelArgs products[3];  // dx, dA, dB
   int count = 0;
   const bool need_dx = b.dx.p && p.M > 0;
   const Cast lora_a(k, p.type, need_dx ? ad.a_type : p.type, ad.a, ad.R, p.K);

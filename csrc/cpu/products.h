@@ -75,8 +75,6 @@ inline int64_t panel_workspace(const Kernels& k, const PanelArgs& a) {
   return (k.panel_floats(a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024;
 }
 
-constexpr int kMostProducts = 3;
-
 // Products in panel form that need nothing of each other, in one pass over the pool.
 inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int count, int threads) {
   int64_t floats = 0, most = 0, work = 0;

@@ -1,5 +1,6 @@
-// PyTorch's own OpenMP pool, found at run time, so that one process holds one pool whichever torch wheel is installed.
+// PyTorch's own OpenMP pool, found at run time, so that one process holds one pool whichever torch wheel is installed; and how work is dealt to it.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -32,11 +33,11 @@ class Units {
       if (take_of(parts_[(static_cast<size_t>(share) + i) % parts_.size()].left, i == 0, begin, end)) return true;
     return false;
   }
-  static constexpr int64_t kMost = int64_t{1} << 31;
+  static constexpr int64_t kMost = int64_t{1} << 31;  // units that fit a part's 32 bits
 
  private:
   struct alignas(64) Part {
-    std::atomic<uint64_t> left{0};
+    std::atomic<uint64_t> left{0};  // begin and end in one word. Relaxed order does: it hands out numbers, the pool's join publishes results
   };
   static uint64_t pack(int64_t begin, int64_t end) { return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end); }
   bool take_of(std::atomic<uint64_t>& part, bool own, int64_t& begin, int64_t& end) {
@@ -44,7 +45,7 @@ class Units {
     for (;;) {
       const int64_t b = static_cast<int64_t>(left >> 32), e = static_cast<int64_t>(left & 0xffffffffu), half = (e - b + 1) / 2;
       if (b >= e) return false;
-      const int64_t in_grains = half > grain_ ? half / grain_ * grain_ : grain_ < e - b ? grain_ : e - b;
+      const int64_t in_grains = std::min(std::max(half / grain_ * grain_, grain_), e - b);
       const int64_t n = parts_.size() == 1 ? e - b : own ? in_grains : half;
       if (part.compare_exchange_weak(left, own ? pack(b + n, e) : pack(b, e - n), std::memory_order_relaxed)) {
         begin = own ? b : e - n, end = own ? b + n : e;
@@ -64,8 +65,8 @@ void parallel(int64_t units, int threads, const F& f) {
     if (units > 0) f(int64_t{0}, units, 0);
     return;
   }
-  const int64_t grain = units / shares / 4;  // a call for each single unit would cost more than it evens out
-  Units left(units, shares, grain > 1 ? grain : 1);
+  const int64_t grain = std::max<int64_t>(units / shares / 4, 1);  // a call for each single unit would cost more than it evens out
+  Units left(units, shares, grain);
   run_shares(shares, [&](int share) {
     for (int64_t begin, end; left.take(share, begin, end);) f(begin, end, share);
   });

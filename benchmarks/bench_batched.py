@@ -2,17 +2,16 @@
 
     python benchmarks/bench_batched.py                     CPU: PEFT's mixed batch, a loop over adapters, gather + bmm
     python benchmarks/bench_batched.py --device cuda       GPU: decode and prefill in CUDA graphs, weights rotated so that L2 holds none
-    --backend NAME --json FILE --rounds N --seconds N --quick
+    --backend NAME --json FILE --seconds N --quick
 
-Every contender's result is checked against float64 first, and who is wrong is left out. Then all run in interleaved rounds
-(`lora_kernels.testing`); printed are the medians over rounds of the time and of its ratio to the base layer's in the same round; on a GPU, for
-few rows, also what share of the copy bandwidth measured at the start the fewest bytes of the call make.
+Every contender's result is checked against float64 first, and who is wrong is left out. Then all run in interleaved rounds, on a CPU by the
+protocol of `lora-kernels bench`: no call takes weights that the last few took. Printed are the medians over rounds of the time and of its ratio to
+the base layer's in the same round; on a GPU, for few rows, also what share of the copy bandwidth measured at the start the call's fewest bytes make.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -26,11 +25,13 @@ import torch.nn.functional as F
 
 from lora_kernels import testing
 from lora_kernels.bench import roofs
+from lora_kernels.bench.timing import time_cpu
 from lora_kernels.ops.batch_meta import BatchMeta
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.ops.lora_expand import lora_expand
 from lora_kernels.ops.lora_shrink import lora_shrink
 
+BUDGET, ROUNDS = 1.0, 20  # seconds of timing per case on a CPU, rounds on a GPU
 ROTATE_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # beyond the last cache: L3 of this class of machine, 60 MB L2 of an H200
 ALLOWED = {torch.bfloat16: 1.5e-2, torch.float32: 1e-5}
 
@@ -149,12 +150,6 @@ def refusal(call: Callable[[int], torch.Tensor], exact: torch.Tensor, allowed: f
     return None if error < allowed else f"relative RMSE {error:.1e}"
 
 
-def turning(call: Callable[[int], torch.Tensor]) -> Callable[[], object]:
-    """`call` on the next weight copy each time."""
-    turn = itertools.count()
-    return lambda: call(next(turn))
-
-
 def graphed(call: Callable[[int], torch.Tensor], n: int) -> Callable[[], object]:
     """All n weight copies in one CUDA graph; one replay is n calls."""
     stream = torch.cuda.Stream()
@@ -167,6 +162,14 @@ def graphed(call: Callable[[int], torch.Tensor], n: int) -> Callable[[], object]
         for i in range(n):
             call(i)
     return graph.replay
+
+
+def timed(calls: dict[str, Callable[[int], torch.Tensor]], n: int, device: str) -> dict[str, list[float]]:
+    """Seconds per call over n weight copies, a figure per contender and round."""
+    if device == "cpu":
+        return time_cpu(calls, n, BUDGET)
+    times = testing.time_cuda_cold({name: graphed(call, n) for name, call in calls.items()}, ROUNDS)
+    return {name: [t / n for t in per_round] for name, per_round in times.items()}
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -199,7 +202,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case starts after this")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--none", action="store_true", help="all rows without an adapter")
@@ -222,10 +224,8 @@ def main() -> None:
                 wrong.append(name)
                 print(f"left out: {name}, {why}, at {case}", flush=True)
                 del calls[name]
-        n = len(copies) if args.device == "cuda" else 1
-        calls = {name: graphed(call, n) if args.device == "cuda" else turning(call) for name, call in calls.items()}
-        times = testing.timer(args.device)(calls, rounds=args.rounds)
-        found = {name: (statistics.median(t) / n * 1e6, testing.ratio(t, times["base"])) for name, t in times.items()}
+        times = timed(calls, len(copies), args.device)
+        found = {name: (statistics.median(t) * 1e6, testing.ratio(t, times["base"])) for name, t in times.items()}
         row = asdict(case) | {"dtype": args.dtype, "us_and_ratio": found}
         text = "  ".join(f"{name} {us:8.1f} us x{ratio:5.2f}" for name, (us, ratio) in found.items())
         if roof and case.M <= 256 and "ours" in found:

@@ -1,7 +1,7 @@
 // One C++ entry of the CPU engine in CPU time of one thread, without Python: for perf, and for a change against its parent commit.
 //
-//   python setup.py build_ext --inplace
-//   g++ -std=c++17 -O2 -Icsrc benchmarks/cpu_kernels.cpp $(ls build/temp.*/*.o | grep -v bindings) -ldl -o build/cpu_kernels
+//   LORA_KERNELS_CUDA=0 python csrc/native_build.py
+//   g++ -std=c++17 -O2 -Icsrc benchmarks/cpu_kernels.cpp build/native-*/{isa*,threads,linear,batched*}.o -ldl -o build/cpu_kernels
 //   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels
 //
 // Weights turn through 96 MiB, so that they come from memory as in a model. Least and median of nine samples of 50 ms.

@@ -58,7 +58,7 @@ def steps(python: str, out: Path, results: Path, wheels: Path | None) -> list[St
     ours = [python, "-m", "lora_kernels"]
     tune = [*ours, "tune", "--device", "cuda", "--quick"]
     bench = [*ours, "bench", "--device", "cuda", "--out", str(results), "--minutes", "{minutes}"]
-    batched = [python, "benchmarks/bench_batched.py", "--device", "cuda", "--rounds", "20", "--seconds", "{seconds}", "--json"]
+    batched = [python, "benchmarks/bench_batched.py", "--device", "cuda", "--seconds", "{seconds}", "--json"]
     host = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_host_overhead.py", "--benchmark-columns=min,median"]
     found = []
     if wheels is not None:

@@ -22,8 +22,9 @@ def test_a_wrong_contender_is_left_out_and_said_to_be(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(bench_batched, "contenders", with_bad_ones)
     monkeypatch.setattr(bench_batched, "cases", lambda *_: [bench_batched.Case(M, 64, 64, 2, 8) for M in (3, 4)])
+    monkeypatch.setattr(bench_batched, "BUDGET", 0)
     monkeypatch.setitem(bench_batched.ROTATE_BYTES, "cpu", 1)
-    monkeypatch.setattr(sys, "argv", ["bench_batched.py", "--dtype", "float32", "--rounds", "1", "--json", str(tmp_path / "found.json")])
+    monkeypatch.setattr(sys, "argv", ["bench_batched.py", "--dtype", "float32", "--json", str(tmp_path / "found.json")])
     with torch.set_grad_enabled(True), pytest.raises(SystemExit, match="4 times"):  # main turns gradients off
         bench_batched.main()
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]

@@ -49,6 +49,15 @@ def test_a_run_writes_its_suite_alone(quick, tmp_path, capsys):
     assert json.loads((tmp_path / "linear.json").read_text())["complete"]
 
 
+def test_layers_of_given_sizes(quick, tmp_path, capsys):
+    argv = ["bench", "--size", "48x32", "--tokens", "2", "--tokens", "512", "--dtype", "float32", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    expected = [(48, 32, M, mode, 0) for mode in ("forward", "forward+backward") for M in (2, 512)] + [(48, 32, 2, "forward", L) for L in (8, 64)]
+    assert [(c.K, c.N, c.M, c.mode, c.L) for c in quick.measured] == expected
+    assert {(c.R, c.dtype) for c in quick.measured} == {(16, "float32")}
+    assert f"wrote {tmp_path / 'linear.json'}, {tmp_path / 'batched.json'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["missing", "file", "empty", "steps alone"])
 def test_nothing_to_draw(tmp_path, capsys, what):
     folder = tmp_path / "file" if what == "file" else tmp_path / "none" if what == "missing" else tmp_path
@@ -68,6 +77,9 @@ BAD = {
     "time that runs backwards": (["--minutes", "-1"], "-1 is not above 0"),
     "time that is no number": (["--minutes", "nan"], "nan is not above 0"),
     "both sizes": (["--quick", "--full"], "not allowed with"),
+    "a size that is none": (["--size", "64"], "is no size KxN"),
+    "tokens without a size": (["--tokens", "8"], "go with --size"),
+    "a model of a size": (["--size", "8x8", "--suite", "steps"], "goes without --size"),
     "drawing and measuring": (["--plots", ".", "--quick"], "goes with no other option"),
 }
 

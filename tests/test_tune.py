@@ -195,9 +195,10 @@ def test_gpu_options_are_refused_on_a_cpu(fake, option):
 
 
 @pytest.mark.parametrize("size", ["64", "axb", "1x2x3", "0x5"])
-def test_size_that_is_none(fake, size):
-    with pytest.raises(lk.LoraValueError, match="KxN"):
+def test_size_that_is_none(fake, size, capsys):
+    with pytest.raises(SystemExit, match="2"):
         tune.main(["--device", "cpu", "--size", size])
+    assert "KxN, e.g. 4096x14336" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------- lookup

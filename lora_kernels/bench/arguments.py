@@ -30,6 +30,17 @@ def above_0(text: str) -> float:
     return value
 
 
+def size(text: str) -> tuple[int, int]:
+    """For argparse: a projection (K, N)."""
+    try:
+        k, n = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        k = n = 0
+    if min(k, n) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size KxN, e.g. 4096x14336")
+    return k, n
+
+
 def device(name: str | None) -> torch.device:
     """The device asked for, or the GPU where there is one. Raises LoraValueError for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -80,6 +81,19 @@ def steps_table(record: dict) -> Table:
     return table
 
 
+def summary(suite: str, data: dict) -> Table:
+    """One line per case: the frozen layer's µs, and everyone's time over it."""
+    names = [name for name in dict.fromkeys(n for r in data["records"] for n, e in r["results"].items() if "us" in e) if name != "base"]
+    table = _table(f"{suite}, over the frozen layer alone", "case", "base µs", *names)
+    for record in data["records"]:
+        results = record["results"]
+        if "us" in results.get("base", {}):
+            ratios = [records.ratio(results.get(name, {}), "base") for name in names]
+            shown = ["" if r is None else f"{r.median:.2f}" if r.resolved else f"({r.median:.2f})" for r in ratios]
+            table.add_row(str(records.case_of(record)), _us(results["base"]["us"]), *shown)
+    return table
+
+
 def not_timed(files: dict[str, dict]) -> list[str]:
     """One line per contestant and reason: refused ones first, then absent ones, with the suites they miss."""
     found: dict[tuple[str, str, str], list[str]] = {}
@@ -123,7 +137,11 @@ def print_record(out: Console, suite: str, record: dict) -> None:
     out.print(steps_table(record) if suite == "steps" else linear_table(record))
 
 
-def print_end(out: Console, files: dict[str, dict]) -> None:
+def print_end(out: Console, files: dict[str, dict], suites: Sequence[str] = ()) -> None:
+    """What closes a run: who was not timed in any file there; a summary of the `suites` just measured; where ours is not the fastest."""
+    for suite in suites:
+        if suite in files and suite != "steps":
+            out.print(summary(suite, files[suite]))
     for line in not_timed(files):
         out.print(line)
     slower = losses(files)
@@ -135,4 +153,4 @@ def print_end(out: Console, files: dict[str, dict]) -> None:
         out.print(
             f"This machine was busy: in {restless} of {cases} cases one and the same call varied by more than half; measure again when it is idle."
         )
-    out.print("A ratio in brackets is not printed as one: its spread (20 to 80 % of the rounds) is wider than its effect.")
+    out.print("In brackets: a ratio whose spread (20 to 80 % of the rounds) is wider than its effect.")

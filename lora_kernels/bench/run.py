@@ -17,7 +17,7 @@ from . import arguments, contestants, contestants_batched, files, plots, provena
 from .measure import measure
 
 GRIDS = {"quick": shapes.quick, "cpu": shapes.cpu, "gpu": shapes.gpu, "full": shapes.full}
-BUDGET = {"quick": 0.7, "cpu": 2.0, "gpu": 0.6, "full": 1.0}  # seconds of timing per case
+BUDGET = {"quick": 0.7, "cpu": 2.0, "gpu": 0.6, "full": 1.0, "sizes": 1.0}  # seconds of timing per case
 MATPLOTLIB = "pip install matplotlib"
 MODELS = {"quick": (steps.QUICK,), "cpu": (steps.QUICK, steps.CPU), "gpu": (steps.GPU,), "full": (steps.GPU,)}
 
@@ -29,6 +29,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one projection of a small model: under 90 s on 2 cores")
     size.add_argument("--full", action="store_true", help="every model, projection, rank, token count and mode; hours")
+    size.add_argument(
+        "--size", type=arguments.size, metavar="KxN", action="append", help="a layer from K to N features, instead of a model's; may be repeated"
+    )
+    parser.add_argument("--tokens", type=arguments.at_least(1), action="append", help="with --size: an M, may be repeated; default 1, 64, 1024")
+    parser.add_argument("--rank", type=arguments.at_least(1), action="append", help="with --size: an R, may be repeated; default 16")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--suite", choices=records.SUITES, action="append", help="only this one; may be repeated")
     parser.add_argument(
@@ -38,21 +43,25 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="of most cases; default bfloat16, on a CPU for which PyTorch has no fast 16-bit product float32",
+        help="of most cases, with --size of all; default bfloat16, with --size both, on a CPU for which PyTorch has no fast 16-bit product float32",
     )
     parser.add_argument("--minutes", type=arguments.above_0, help="start no further case after this time; what was measured is kept")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="only draw the plots of an existing results folder")
     args = parser.parse_args(argv)
     if args.plots and any(value for name, value in vars(args).items() if name != "plots"):
         parser.error("--plots only draws: it goes with no other option")
+    if (args.tokens or args.rank) and not args.size:
+        parser.error("--tokens and --rank go with --size")
+    if args.size and "steps" in (args.suite or ()):
+        parser.error("--suite steps trains a model: it goes without --size")
     return args
 
 
-def default_folder(device: torch.device, quick: bool) -> Path:
-    """A quick run goes beside the full results of its device, never over them."""
+def default_folder(device: torch.device, grid: str) -> Path:
+    """A quick run and one of sizes go beside the full results of their device, never over them."""
     checkout = provenance.ROOT / "benchmarks"
     root = checkout / "results" if checkout.is_dir() else Path("lora-kernels-bench")
-    return root / (provenance.folder_name(device) + ("-quick" if quick else ""))
+    return root / (provenance.folder_name(device) + (f"-{grid}" if grid in ("quick", "sizes") else ""))
 
 
 SHARES = {"linear": 5, "batched": 3, "steps": 2}  # of the time that is left, among the suites that are still to run
@@ -74,12 +83,16 @@ class _Clock:
         return now + (self.end - now) * SHARES[suite] / sum(SHARES[s] for s in rest)
 
 
-def _cases(suite: str, grid: str, dtype: str) -> list:
+def _cases(suite: str, grid: str, dtype: str, args: argparse.Namespace) -> list:
     if suite == "steps":
         return [dataclasses.replace(model, dtype=dtype) for model in MODELS[grid]]
-    linear, batched = GRIDS[grid]()
+    if grid == "sizes":
+        dtypes = (dtype,) if args.dtype or dtype == "float32" else ("bfloat16", "float32")
+        linear, batched = shapes.sized(args.size, tuple(args.tokens or (1, 64, 1024)), tuple(args.rank or (16,)), dtypes)
+    else:
+        linear, batched = GRIDS[grid]()
     cases = linear if suite == "linear" else batched
-    return cases if dtype == "bfloat16" else shapes.in_float32(cases)
+    return cases if dtype == "bfloat16" or grid == "sizes" else shapes.in_float32(cases)
 
 
 def _measure(suite: str, case, device: torch.device, budget: float) -> dict:
@@ -113,8 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     device = arguments.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    grid = "quick" if args.quick else "full" if args.full else "gpu" if device.type == "cuda" else "cpu"
-    folder, suites = args.out or default_folder(device, args.quick), list(dict.fromkeys(args.suite or records.SUITES))
+    grid = "quick" if args.quick else "full" if args.full else "sizes" if args.size else "gpu" if device.type == "cuda" else "cpu"
+    folder, suites = args.out or default_folder(device, grid), list(dict.fromkeys(args.suite or records.SUITES))
+    if args.size and not args.suite:
+        suites.remove("steps")
     files.check_writable(folder, "--out", "name another one with --out")
     records.read_folder(folder, [suite for suite in records.SUITES if suite not in suites])  # a damaged one is better found before the work
     out.print(f"{provenance.device_name(device)}, {torch.get_num_threads()} CPU threads; every contestant is checked against float64 first")
@@ -132,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         if why:
             out.print(f"{suite}: left out, {why}")
             continue
-        writer, cases, deadline = records.Writer(folder, suite, where, ceilings), _cases(suite, grid, dtype), clock.deadline(suite)
+        writer, cases, deadline = records.Writer(folder, suite, where, ceilings), _cases(suite, grid, dtype, args), clock.deadline(suite)
         for done, case in enumerate(cases):
             if time.monotonic() > deadline:
                 cut.append(f"{suite} after {done} of {len(cases)} cases")
@@ -144,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         wrote.append(writer.path)
         writer.close(complete=len(writer.data["records"]) == len(cases), clocks_after=provenance.clocks(device))
-    report.print_end(out, records.read_folder(folder))
+    report.print_end(out, records.read_folder(folder), suites)
     if cut:
         out.print(f"cut off by --minutes {args.minutes:g}: {'; '.join(cut)}; the files hold what was measured (complete: false)")
     if _device.has_module("matplotlib"):

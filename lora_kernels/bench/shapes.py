@@ -120,6 +120,14 @@ def full() -> tuple[list[Case], list[Case]]:
     return linear, [case for model in MODELS for R in RANKS for case in _decode(model, tuple(projections(model)), DECODE_TOKENS, R)]
 
 
+def sized(sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[list[Case], list[Case]]:
+    """Layers [(K, N)] of no model: forward and both ways; and forward with 8 and 64 adapters for the token counts of a decode step."""
+
+    forward = [Case("layer", f"{K}x{N}", M, K, N, R, "forward", dtype) for dtype in dtypes for K, N in sizes for R in ranks for M in tokens]
+    batched = [replace(case, L=L) for L in (8, 64) for case in forward if case.M <= 256]
+    return forward + [replace(case, mode="forward+backward") for case in forward], batched
+
+
 def in_float32(cases: list[Case]) -> list[Case]:
     """A grid for a device whose PyTorch has no fast 16-bit product: bfloat16 and float32 change places, and what is now bfloat16 is small."""
     turned = (replace(case, dtype="float32") if case.dtype == "bfloat16" else replace(case, dtype="bfloat16", M=min(case.M, 64)) for case in cases)

@@ -21,7 +21,7 @@ from . import arguments, provenance, report, shapes
 from .files import check_writable, write_whole
 
 DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
-QUICK = {"size": ["4096x4096", "4096x14336", "14336x4096"], "tokens": [8192], "rank": [16, 64]}  # q, gate_up and down of Llama-3-8B
+QUICK = {"size": [(4096, 4096), (4096, 14336), (14336, 4096)], "tokens": [8192], "rank": [16, 64]}  # q, gate_up and down of Llama-3-8B
 
 
 class Target(Protocol):
@@ -97,7 +97,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lora-kernels tune", description="Measure which plan is fastest on this device, and remember it.")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--model", choices=sorted(shapes.MODELS), action="append", help=f"whose projections; default {', '.join(DEFAULT_MODELS)}")
-    parser.add_argument("--size", metavar="KxN", action="append", help="a projection from K to N features, instead of a model's; may be repeated")
+    parser.add_argument(
+        "--size", type=arguments.size, metavar="KxN", action="append", help="a projection from K to N features, instead of a model's; may be repeated"
+    )
     parser.add_argument("--tokens", type=arguments.at_least(1), action="append", help="an M to measure; may be repeated")
     parser.add_argument("--rank", type=arguments.at_least(1), action="append", help="an R to measure; may be repeated")
     parser.add_argument("--ship", action="store_true", help="write into the package (tuning/configs) instead of the user's cache folder")
@@ -129,16 +131,6 @@ def _compile(device: torch.device, quick: bool, jobs: list[dict], processes: int
             print(*(f"{key} {value}" for key, value in job.items()), failed or "compiled", flush=True)
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    try:
-        k, n = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        k = n = 0
-    if min(k, n) < 1:
-        raise LoraValueError(message("--size is no size", repr(text), "KxN, e.g. 4096x14336"))
-    return k, n
-
-
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     out = report.console()
@@ -155,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.compile:
         check_writable(path.parent, "the table's folder", "name another one in LORA_KERNELS_CACHE")
     table = TableFile(path, tuned, args.again)
-    sizes = [_parse_size(text) for text in args.size] if args.size else sizes_of(args.model or list(DEFAULT_MODELS))
+    sizes = args.size or sizes_of(args.model or list(DEFAULT_MODELS))
     jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))
     todo = [job for job in jobs if not table.has(job)]
     if args.compile:

@@ -54,13 +54,8 @@ def _expand_refuses(y, h, pools_b, ids, ranks, table, block, batch_invariant) ->
 
 
 def _form(dtype: int, M: int, N: int, K: int, batch_invariant: bool) -> int:
-    """The plan's form for one adapter, except where the rank terms of many decide. Never by the mix: it would show in a row's bits."""
-    if batch_invariant:  # one form for every M
-        return _PANELS
-    form = plan.form("fwd", dtype, M, N, K)
-    # Rank terms cost panels one packed B per adapter and panel, which only a large W repays (a rule of thumb: no table covers it yet).
-    if form != 0 and dtype == DTYPES[torch.bfloat16] and M <= 64 and N * K <= 2048 * 2048 and _C.cpu_isa() == "avx512_bf16" and plan._forced is None:
-        return 0
+    """The plan's form for one adapter: never by the mix, which would show in a row's bits."""
+    form = _PANELS if batch_invariant else plan.form("fwd", dtype, M, N, K)  # one form for every M
     return _PANELS if form == _RANK_ONLY else form  # PyTorch's own product is not on offer: y would be rounded twice
 
 

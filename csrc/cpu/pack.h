@@ -29,20 +29,22 @@ void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64
       V r[L];
       const int64_t left = K - k * P::PAIR;
       const T* p = w + g * L * ld + k * P::PAIR;
+      // every loop over r is unrolled whole, also for few ranks: an index known only at run time keeps r in memory
       if (valid == L && left >= STEP) {
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++) r[i] = P::row(p + i * ld);
+      } else if (valid == L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) r[i] = P::row(p + i * ld, left);
       } else {
+#pragma GCC unroll 16
         for (int i = 0; i < L; i++) r[i] = i < valid ? P::row(p + i * ld, min(left, STEP)) : zero();
       }
       transpose(r);
       float* q = d + (k - k0) * SW;
-      if (k1 - k >= L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; i++) store(q + i * SW, r[i]);
-      } else {
-        for (int i = 0; i < k1 - k; i++) store(q + i * SW, r[i]);
-      }
+      for (int i = 0; i < L; i++)
+        if (i < k1 - k) store(q + i * SW, r[i]);
     }
   }
 }

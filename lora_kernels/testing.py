@@ -114,6 +114,11 @@ def time_cuda_cold(fns: dict[str, Callable[[], object]], rounds: int = 50, warmu
     return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
 
+def timer(device: torch.device | str) -> Callable[..., dict[str, list[float]]]:
+    """`time_cuda_cold` for a CUDA device, `time_interleaved` for any other."""
+    return time_cuda_cold if torch.device(device).type == "cuda" else time_interleaved
+
+
 def ratio(ours: list[float], theirs: list[float]) -> float:
     """Median over the rounds of ours / theirs: below 1, ours is faster."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

@@ -7,7 +7,7 @@
 #pragma once
 
 namespace {
-constexpr int64_t PREFETCH_AHEAD = 512;  // bytes along a row of W, at its end into the same row of the next tile
+constexpr int64_t PREFETCH_AHEAD = 256;  // bytes along a row of W, at its end into the same row of the next tile
 constexpr int64_t CHAIN_DOT = 256;       // terms of one chain of a lane: uncut, K 28672 has 2.8 times eager's error (tests/test_native_cpu.py)
 
 // Spreads the loads of the next tile's W rows over the row tiles of this one, so that memory is read while the arithmetic runs.

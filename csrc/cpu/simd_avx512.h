@@ -11,7 +11,7 @@ using lk::f16;
 
 using V = __m512;
 constexpr int L = 16;
-constexpr int DOT_MR = 4, DOT_NR = 6, DOT_NR1 = 4, DOT_NR23 = 8;  // dot tiles: rows x columns; columns for 1 row, for 2 and 3 rows
+constexpr int DOT_MR = 4, DOT_NR = 6, DOT_NR1 = 8, DOT_NR23 = 8;  // dot tiles: rows x columns; columns for 1 row, for 2 and 3 rows
 constexpr int NV = 4;                                             // vectors across one micro tile
 constexpr int MICRO_ROWS[NV + 1] = {0, 14, 12, 8, 6};             // rows of a micro tile that is 1..NV vectors wide: 24 accumulators
 constexpr int WIDE_STEPS = 8;                                     // steps of k that a wide pass keeps in registers, two vectors each

@@ -8,6 +8,8 @@
 
 namespace {
 constexpr int64_t PREFETCH_AHEAD = 256;  // bytes along a row of W, at its end into the same row of the next tile
+constexpr int64_t SHORT_ROW = 128;       // steps along k of a row that is read from its start to its end before the next
+constexpr int64_t SHORT_X = 12288;       // bytes of x that stay in the L1 meanwhile
 constexpr int64_t CHAIN_DOT = 256;       // terms of one chain of a lane: uncut, K 28672 has 2.8 times eager's error (tests/test_native_cpu.py)
 
 // Spreads the loads of the next tile's W rows over the row tiles of this one, so that memory is read while the arithmetic runs.
@@ -23,17 +25,42 @@ struct NextRows {
   }
 };
 
+// How a tile walks its rows of W. Few rows of x are a matter of fetching W. The hardware does that best for a short row read from start to end, if the
+// next row's first lines are asked for in time; longer ones, each a chain of additions, are read abreast. One row of x, one core of Zen 4, us abreast and
+// by row (benchmarks/cpu_kernels.cpp): bf16 576 x 576 58 and 28, 2048 x 2048 438 and 255, 4096 x 8192 2812 and 3510; fp32 4096 x 4096 2841 and 3451.
+enum Walk { TILES, ABREAST, BY_ROW };
+
 // Elements k..end of rows of K; end is K or a multiple of the step.
-template <class T, int MR, int NR, bool DROP, bool STREAM>
+template <class T, int MR, int NR, bool DROP, Walk WALK>
 LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int64_t k, int64_t end, int64_t K, lk::Mask keep, int64_t m,
                         NextRows& next) {
   using D = DotStep<T>;
   constexpr int S = D::STEP;
   constexpr int64_t AHEAD = PREFETCH_AHEAD / static_cast<int64_t>(sizeof(T));
+  if constexpr (WALK == BY_ROW) {
+    constexpr int64_t FIRST_LINES = 4, LINE = 64 / static_cast<int64_t>(sizeof(T));
+    const int64_t whole = k + (end - k) / S * S;
+#pragma GCC unroll 8
+    for (int j = 0; j < NR; j++) {
+      const T* then = j + 1 < NR ? w[j + 1] + k : w[0] + k + next.skip;
+#pragma GCC unroll 4
+      for (int64_t l = 0; l < FIRST_LINES; l++) __builtin_prefetch(then + l * LINE);
+      for (int64_t i = k; i < whole; i += S) {
+        const typename D::X wv = D::load(w[j] + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; r++) {
+          typename D::X xv = D::load(x + r * ldx + i);
+          if constexpr (DROP) xv = D::keep(xv, keep_bits(keep, m + r, i));
+          acc[r * NR + j] = D::mac(acc[r * NR + j], xv, wv);
+        }
+      }
+    }
+    k = whole;
+  }
   for (; k + S <= end; k += S) {
     typename D::X xv[MR];
     const int64_t ahead = k + (k + AHEAD < K ? AHEAD : AHEAD - K + next.skip);
-    if constexpr (!STREAM) NextRows::step(next);
+    if constexpr (WALK == TILES) NextRows::step(next);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
       xv[i] = D::load(x + i * ldx + k);
@@ -42,7 +69,7 @@ LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int6
 #pragma GCC unroll 8
     for (int j = 0; j < NR; j++) {
       const typename D::X wv = D::load(w[j] + k);
-      if constexpr (STREAM) __builtin_prefetch(w[j] + ahead);
+      if constexpr (WALK == ABREAST) __builtin_prefetch(w[j] + ahead);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) acc[i * NR + j] = D::mac(acc[i * NR + j], xv[i], wv);
     }
@@ -64,20 +91,20 @@ LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int6
 }
 
 // The same from 0 to K in chains of CHAIN_DOT, added up in order. Apart, so that short rows keep their accumulators in registers.
-template <class T, int MR, int NR, bool DROP, bool STREAM>
+template <class T, int MR, int NR, bool DROP, Walk WALK>
 __attribute__((noinline)) void dot_chains(V* sums, const T* x, int64_t ldx, const T* const* w, int64_t K, lk::Mask keep, int64_t m, NextRows& next) {
   constexpr int64_t CHAIN = CHAIN_DOT * DotStep<T>::STEP;
   for (int64_t k = 0; k < K; k += CHAIN) {
     V acc[MR * NR];
 #pragma GCC unroll 32
     for (int i = 0; i < MR * NR; i++) acc[i] = zero();
-    dot_rows<T, MR, NR, DROP, STREAM>(acc, x, ldx, w, k, min(k + CHAIN, K), K, keep, m, next);
+    dot_rows<T, MR, NR, DROP, WALK>(acc, x, ldx, w, k, min(k + CHAIN, K), K, keep, m, next);
 #pragma GCC unroll 32
     for (int i = 0; i < MR * NR; i++) sums[i] = k ? add(sums[i], acc[i]) : acc[i];
   }
 }
 
-template <class T, int MR, int NR, bool DROP, bool STREAM>
+template <class T, int MR, int NR, bool DROP, Walk WALK>
 LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, NextRows& next) {
   constexpr int NA = (MR * NR + L - 1) / L * L;
   static_assert(NR <= L, "a tile's row of outputs is stored as one vector");
@@ -91,11 +118,11 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
   const T* x = static_cast<const T*>(a.x.p) + m * a.x.ld;
   if (same<T, float> && a.K > CHAIN_DOT * DotStep<T>::STEP) {  // the rounding of 16-bit results hides a chain's error
     V chains[NA];
-    dot_chains<T, MR, NR, DROP, STREAM>(chains, x, a.x.ld, w, a.K, a.keep, m, next);
+    dot_chains<T, MR, NR, DROP, WALK>(chains, x, a.x.ld, w, a.K, a.keep, m, next);
 #pragma GCC unroll 32
     for (int i = 0; i < MR * NR; i++) acc[i] = chains[i];
   } else {
-    dot_rows<T, MR, NR, DROP, STREAM>(acc, x, a.x.ld, w, 0, a.K, a.K, a.keep, m, next);
+    dot_rows<T, MR, NR, DROP, WALK>(acc, x, a.x.ld, w, 0, a.K, a.K, a.keep, m, next);
   }
   if (a.alpha != 1.f) {
 #pragma GCC unroll 32
@@ -105,7 +132,7 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
     NextRows none;
 #pragma GCC unroll 8
     for (int j = 0; j < NR; j++) b[j] = static_cast<const T*>(a.b.p) + (n + min(j, nv - 1)) * a.b.ld;
-    dot_rows<T, MR, NR, false, false>(acc, static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, b, 0, a.R, a.R, {}, m, none);
+    dot_rows<T, MR, NR, false, TILES>(acc, static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, b, 0, a.R, a.R, {}, m, none);
   }
   if (a.rows) {
     NextRows none;
@@ -115,7 +142,7 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
       if (!own.R) continue;
 #pragma GCC unroll 8
       for (int j = 0; j < NR; j++) b[j] = static_cast<const T*>(own.b) + (n + min(j, nv - 1)) * a.b.ld;
-      dot_rows<T, 1, NR, false, false>(acc + i * NR, static_cast<const T*>(a.h.p) + (m + i) * a.h.ld, 0, b, 0, own.R, own.R, {}, m, none);
+      dot_rows<T, 1, NR, false, TILES>(acc + i * NR, static_cast<const T*>(a.h.p) + (m + i) * a.h.ld, 0, b, 0, own.R, own.R, {}, m, none);
     }
   }
   alignas(64) float s[NA + L];
@@ -126,14 +153,24 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
   for (int i = 0; i < MR; i++) store(static_cast<T*>(a.out.p) + (m + i) * a.out.ld + n, add(load(s + i * NR), bias), nv);
 }
 
+// 1 to 3 rows: wide tiles keep enough accumulators in flight. A function for each way, or gcc's registers do not last.
+template <class T, int MR, int NR, bool DROP, Walk WALK>
+__attribute__((noinline)) void dot_walk(const lk::DotArgs& a, int64_t n0, int64_t n1) {
+  NextRows next;
+  next.skip = NR * a.w.ld;
+  for (int64_t n = n0; n < n1; n += NR) dot_tile<T, MR, NR, DROP, WALK>(a, 0, n, n1, next);
+}
+template <class T, int MR, int NR, bool DROP>
+void dot_few(const lk::DotArgs& a, int64_t n0, int64_t n1) {
+  if (a.K <= SHORT_ROW * DotStep<T>::STEP && MR * a.K * static_cast<int64_t>(sizeof(T)) <= SHORT_X)
+    dot_walk<T, MR, NR, DROP, BY_ROW>(a, n0, n1);
+  else
+    dot_walk<T, MR, NR, DROP, ABREAST>(a, n0, n1);
+}
+
 template <class T, bool DROP>
 void dot_block(const lk::DotArgs& a, int64_t n0, int64_t n1) {
-  NextRows none, stream;
-  stream.skip = DOT_NR1 * a.w.ld;
-  if (a.M == 1) {
-    for (int64_t n = n0; n < n1; n += DOT_NR1) dot_tile<T, 1, DOT_NR1, DROP, true>(a, 0, n, n1, stream);
-    return;
-  }
+  NextRows none;
   const int64_t tiles = a.M / DOT_MR, lines = ceil_div(a.K * static_cast<int64_t>(sizeof(T)), 64);
   for (int64_t n = n0; n < n1; n += DOT_NR) {
     NextRows next;
@@ -149,34 +186,28 @@ void dot_block(const lk::DotArgs& a, int64_t n0, int64_t n1) {
       next.per_step = ceil_div(next.rows * lines, tiles * (a.K / DotStep<T>::STEP) + 1);
     }
     int64_t m = 0;
-    for (; m + DOT_MR <= a.M; m += DOT_MR) dot_tile<T, DOT_MR, DOT_NR, DROP, false>(a, m, n, n1, next);
+    for (; m + DOT_MR <= a.M; m += DOT_MR) dot_tile<T, DOT_MR, DOT_NR, DROP, TILES>(a, m, n, n1, next);
     if (DOT_MR > 3 && a.M - m == 3)
-      dot_tile<T, 3, DOT_NR, DROP, false>(a, m, n, n1, none);
+      dot_tile<T, 3, DOT_NR, DROP, TILES>(a, m, n, n1, none);
     else if (DOT_MR > 2 && a.M - m == 2)
-      dot_tile<T, 2, DOT_NR, DROP, false>(a, m, n, n1, none);
+      dot_tile<T, 2, DOT_NR, DROP, TILES>(a, m, n, n1, none);
     else if (a.M - m == 1)
-      dot_tile<T, 1, DOT_NR, DROP, false>(a, m, n, n1, none);
-  }
-}
-
-template <class T>
-void dot_23(const lk::DotArgs& a, int64_t n0, int64_t n1) {  // 2 or 3 rows: wider tiles keep enough accumulators in flight
-  NextRows stream;
-  stream.skip = DOT_NR23 * a.w.ld;
-  for (int64_t n = n0; n < n1; n += DOT_NR23) {
-    if (a.M == 2)
-      dot_tile<T, 2, DOT_NR23, false, true>(a, 0, n, n1, stream);
-    else
-      dot_tile<T, 3, DOT_NR23, false, true>(a, 0, n, n1, stream);
+      dot_tile<T, 1, DOT_NR, DROP, TILES>(a, m, n, n1, none);
   }
 }
 
 template <class T>
 void dot_of(const lk::DotArgs& a, int64_t n0, int64_t n1) {
-  if (a.keep.p)
+  if (a.M == 1 && a.keep.p)
+    dot_few<T, 1, DOT_NR1, true>(a, n0, n1);
+  else if (a.keep.p)
     dot_block<T, true>(a, n0, n1);
-  else if (DOT_MR > 3 && (a.M == 2 || a.M == 3))
-    dot_23<T>(a, n0, n1);
+  else if (a.M == 1)
+    dot_few<T, 1, DOT_NR1, false>(a, n0, n1);
+  else if (a.M == 2)
+    dot_few<T, 2, DOT_NR23, false>(a, n0, n1);
+  else if (DOT_MR > 3 && a.M == 3)
+    dot_few<T, 3, DOT_NR23, false>(a, n0, n1);
   else
     dot_block<T, false>(a, n0, n1);
 }

@@ -25,9 +25,10 @@ struct NextRows {
   }
 };
 
-// How a tile walks its rows of W. Few rows of x are a matter of fetching W. The hardware does that best for a short row read from start to end, if the
-// next row's first lines are asked for in time; longer ones, each a chain of additions, are read abreast. One row of x, one core of Zen 4, us abreast and
-// by row (benchmarks/cpu_kernels.cpp): bf16 576 x 576 58 and 28, 2048 x 2048 438 and 255, 4096 x 8192 2812 and 3510; fp32 4096 x 4096 2841 and 3451.
+// How a tile walks its rows of W. Few rows of x are a matter of fetching W. The hardware does that best for a short row read from start to end, if
+// the next row's first lines are asked for in time; longer ones, each a chain of additions, are read abreast. One row of x, one core of Zen 4, us
+// abreast and by row (benchmarks/cpu_kernels.cpp): bf16 576 x 576 58 and 28, 2048 x 2048 438 and 255, 4096 x 8192 2812 and 3510; fp32 4096 x 4096
+// 2841 and 3451.
 enum Walk { TILES, ABREAST, BY_ROW };
 
 // Elements k..end of rows of K; end is K or a multiple of the step.

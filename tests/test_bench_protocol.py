@@ -216,9 +216,10 @@ def test_tables_name_everyone(tmp_path):
     out = Console(file=io.StringIO(), width=200)
     for suite, data in files.items():
         report.print_record(out, suite, data["records"][0])
-    report.print_end(out, files)
+    report.print_end(out, files, ("linear", "batched"))
     text = out.file.getvalue()
-    for words in ("naive", "peft_mixed", "% of roofline", "absent: liger (linear, batched): Liger", "refused: broken", "fastest"):
+    summaries = ("linear, over the frozen layer alone", "batched, over the frozen layer alone")
+    for words in ("naive", "peft_mixed", "% of roofline", "absent: liger (linear, batched): Liger", "refused: broken", "fastest", *summaries):
         assert words in text
 
 

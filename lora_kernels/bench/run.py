@@ -54,6 +54,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("--tokens and --rank go with --size")
     if args.size and "steps" in (args.suite or ()):
         parser.error("--suite steps trains a model: it goes without --size")
+    args.suite = args.suite or [suite for suite in records.SUITES if suite != "steps" or not args.size]
     return args
 
 
@@ -90,9 +91,8 @@ def _cases(suite: str, grid: str, dtype: str, args: argparse.Namespace) -> list:
         dtypes = (dtype,) if args.dtype or dtype == "float32" else ("bfloat16", "float32")
         linear, batched = shapes.sized(args.size, tuple(args.tokens or (1, 64, 1024)), tuple(args.rank or (16,)), dtypes)
     else:
-        linear, batched = GRIDS[grid]()
-    cases = linear if suite == "linear" else batched
-    return cases if dtype == "bfloat16" or grid == "sizes" else shapes.in_float32(cases)
+        linear, batched = GRIDS[grid]() if dtype == "bfloat16" else map(shapes.in_float32, GRIDS[grid]())
+    return linear if suite == "linear" else batched
 
 
 def _measure(suite: str, case, device: torch.device, budget: float) -> dict:
@@ -127,9 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     grid = "quick" if args.quick else "full" if args.full else "sizes" if args.size else "gpu" if device.type == "cuda" else "cpu"
-    folder, suites = args.out or default_folder(device, grid), list(dict.fromkeys(args.suite or records.SUITES))
-    if args.size and not args.suite:
-        suites.remove("steps")
+    folder, suites = args.out or default_folder(device, grid), list(dict.fromkeys(args.suite))
     files.check_writable(folder, "--out", "name another one with --out")
     records.read_folder(folder, [suite for suite in records.SUITES if suite not in suites])  # a damaged one is better found before the work
     out.print(f"{provenance.device_name(device)}, {torch.get_num_threads()} CPU threads; every contestant is checked against float64 first")

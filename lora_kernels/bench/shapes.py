@@ -121,8 +121,7 @@ def full() -> tuple[list[Case], list[Case]]:
 
 
 def sized(sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[list[Case], list[Case]]:
-    """Layers [(K, N)] of no model: forward and both ways; and forward with 8 and 64 adapters for the token counts of a decode step."""
-
+    """Layers [(K, N)] of no model: forward and both ways; and forward with 8 and 64 adapters for up to 256 rows, as in a decode step."""
     forward = [Case("layer", f"{K}x{N}", M, K, N, R, "forward", dtype) for dtype in dtypes for K, N in sizes for R in ranks for M in tokens]
     batched = [replace(case, L=L) for L in (8, 64) for case in forward if case.M <= 256]
     return forward + [replace(case, mode="forward+backward") for case in forward], batched

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _device
 from ..native.signature import addresses
+from ._raw_launch import raw_launch
 
 _MAX_REMEMBERED = 1024  # calls, and descriptors per argument; addresses come back, as the caching allocator reuses its blocks
 _runtime = knobs.runtime
@@ -46,7 +46,7 @@ class Launcher:
     may be None, a pointer also `Pointers`, an int a tuple of ints.
     """
 
-    __slots__ = ("blocks", "constants", "encode", "fn", "function", "grid", "head", "ints", "known", "maps", "raw", "tail", "warps_stages")
+    __slots__ = ("blocks", "constants", "fn", "grid", "ints", "kernel", "known", "maps", "raw", "tail", "warps_stages")
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Launcher:
         args += [p if p is None else p.data_ptr() for p in pointers]
         if len(self.known) >= _MAX_REMEMBERED:
             self.known.clear()
-        self.known[key] = found = (*self.grid, stream, self.function, *self.head, *args, *floats, *self.tail)
+        self.known[key] = found = self.kernel.arguments(self.grid, stream, (*args, *floats, *self.tail))
         return found
 
     def _first(self, described: Sequence[Tensor | None], pointers: Sequence[Tensor | Pointers | None], floats: Sequence[float]) -> None:
@@ -107,14 +107,10 @@ class Launcher:
         if any(self.blocks):
             _bind_context()
         compiled = self.fn.run(*args, grid=self.grid, warmup=False, **self.constants, **self.warps_stages)
-        launcher = compiled.run
-        if launcher.global_scratch_size or launcher.profile_scratch_size:
-            return  # needs a buffer per launch: stay on Triton's own path
-        raw, self.encode = _c_launch(launcher)
-        self.function = compiled.function
-        self.head = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
         self.tail = (*self.ints, *(self.constants[name] for name in self.fn.arg_names if name in self.constants))
-        self.raw = raw  # last: another thread takes it as the sign that the rest is there
+        self.kernel = raw_launch(compiled)
+        if self.kernel:
+            self.raw = self.kernel.launch  # last: another thread takes it as the sign that the rest is there
 
     def _describe(self, maps: dict[int, list], address: int, tensor: Tensor, block: list[int]) -> list:
         """The kernel arguments of one descriptor (encoded map, shape, strides), remembered by address."""
@@ -123,7 +119,7 @@ class Launcher:
         present = [m for m, of in zip(self.maps, self.blocks, strict=True) if of]  # Triton counts the descriptors that are there
         position = next(i for i, m in enumerate(present) if m is maps)
         _bind_context()
-        maps[address] = self.encode(_descriptor(tensor, block), position)
+        maps[address] = self.kernel.encode(_descriptor(tensor, block), position)
         return maps[address]
 
 
@@ -146,20 +142,6 @@ def _bind_context() -> None:
     if not context:
         _libcuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), driver.active.get_current_device())
         _libcuda().cuCtxSetCurrent(context)
-
-
-def _c_launch(launcher: Any) -> tuple[Any, Any]:
-    """Triton's C launch function of a compiled kernel and the encoder of its descriptors; (None, None) where this Triton has another layout."""
-    launch = launcher.launch
-    if getattr(launch, "__closure__", None) is None:
-        return launch, None
-    inside = inspect.getclosurevars(launch).nonlocals
-    metas = inside.get("tensordesc_meta")
-    if "launcher" not in inside or not metas or None in metas:
-        return None, None
-    from triton.backends.nvidia.driver import make_tensordesc_arg
-
-    return inside["launcher"], lambda descriptor, position: make_tensordesc_arg(descriptor, metas[position])
 
 
 def on_device(tensor: Tensor, run: Callable, *args: Any) -> Any:

@@ -34,7 +34,7 @@ _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdi
 @dataclass(frozen=True)
 class Report:
     """What one compiled kernel needs. spills: bytes of spill stores and loads and of stack, where also a TMA descriptor would lie that was copied
-    instead of chosen by address; shared: bytes; register_a: wgmma with A in registers.
+    instead of chosen by address; shared: bytes; register_a: wgmma with A in registers; warnings: what ptxas says of wgmma, with its code.
     """
 
     kernel: str
@@ -132,7 +132,9 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
         spills=spills,
         shared=compiled.metadata.shared,
         register_a=len(re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", compiled.asm["ptx"])),
-        warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)))),
+        warnings=tuple(
+            sorted({f"{code} {text}" for code, text in re.findall(r"\((C75\d\d)\)\s*(.*?)(?: in around line| in the function|$)", log, re.M)})
+        ),
         cubin=compiled.asm["cubin"],
     )
 

@@ -65,8 +65,8 @@ class Call:
                 batched.lora_batched_bwd(dy, x, ws, pools_a, pools_b, h, mask, ids, ranks, scalings, p, table, block, True, True, True)
 
 
-# "warpgroup.arrive is injected to allow use of registers in GMMA": orders register writes, serialises no loop (docs/measured.md).
-HARMLESS = {"C7519"}
+# "to allow use of registers in GMMA": orders register writes, serialises no loop (docs/measured.md). C7519 in ptxas 12.8, C7520 in 12.9.
+HARMLESS = "warpgroup.arrive is injected"
 LLAMA = [Call("forward", M, R=R) for M, R in ((1, 16), (16, 64), (256, 64))] + [
     Call("forward", 64, (4096, 1024, 1024), R=16),
     Call("forward", 8192, R=16),
@@ -124,7 +124,7 @@ def test_compiles_within_the_chip(call: Call) -> None:
             what = f"{report.kernel} {report.config} {report.registers} registers on sm_{arch}"
             assert report.spills == 0, f"{what}: {report.spills} bytes spilled"
             assert report.shared <= offline.SHARED_LIMIT[arch], f"{what}: {report.shared} bytes of shared memory"
-            assert set(report.warnings) <= HARMLESS, f"{what}: ptxas {report.warnings}"
+            assert all(HARMLESS in warning for warning in report.warnings), f"{what}: ptxas {report.warnings}"
             assert report.register_a == 0, f"{what}: {report.register_a} wgmma with A in registers"
             if report.kernel == "segmented_tma_kernel":
                 product = "HGMMA" if arch == 90 else "UTCHMMA"

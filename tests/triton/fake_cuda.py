@@ -25,10 +25,12 @@ OK(cuFuncSetCacheConfig, CUfunction f, CUfunc_cache c)
 OK(cuCtxGetLimit, size_t *v, CUlimit l)
 OK(cuCtxSetLimit, CUlimit l, size_t v)
 OK(cuOccupancyMaxActiveClusters, int *n, CUfunction f, const CUlaunchConfig *c)
+OK(cuModuleUnload, CUmodule m)
 static __thread CUcontext current; // a thread begins without
 CUresult cuCtxGetCurrent(CUcontext *c) { *c = current; return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext c) { current = c; return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *d, int i) { *d = i; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) { *v = 232448; return CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *m, const void *image) { *m = (CUmodule)1; return CUDA_SUCCESS; }
@@ -36,6 +38,7 @@ CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) { stat
 CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) {
   *v = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0; return CUDA_SUCCESS;
 }
+CUresult cuDriverGetVersion(int *v) { *v = 13000; return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult e, const char **s) { *s = "fake"; return CUDA_SUCCESS; }
 CUresult cuPointerGetAttribute(void *v, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)v = p; return CUDA_SUCCESS; }
 static long encoded;
@@ -45,6 +48,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   memset(map, 0, sizeof *map); memcpy(map, &base, sizeof base); encoded++; return CUDA_SUCCESS;
 }
+CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *out) { *out = CU_STREAM_CAPTURE_STATUS_NONE; return CUDA_SUCCESS; }
 static long launches; static unsigned grid[3]; static CUfunction last; static CUstream on; static unsigned words[64]; static int wanted;
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params, void **extra) {
   launches++; grid[0] = c->gridDimX; grid[1] = c->gridDimY; grid[2] = c->gridDimZ; last = f; on = c->hStream;

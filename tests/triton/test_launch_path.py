@@ -56,6 +56,31 @@ for step, described, pointers, floats, parameters in (
 """)
 
 
+def test_an_unknown_triton_launches_by_itself() -> None:
+    """What its C function takes is not known, so Triton's own path is taken, with one logged reason, and launches the same."""
+    in_own_process("""
+import logging, triton
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("lora_kernels").addHandler(handler)
+x, a, h, scale = empty(192, 80), empty(16, 80), empty(192, 16), (0.5,)
+def launched(version, calls):
+    triton.__version__ = version
+    launch = lora_linear.Shrink(x, a).launch
+    for _ in range(calls):
+        cuda.keep(0)
+        launch(0, [], [x, a, h, None, None], scale)
+        cuda.keep(7)
+    launch(0, [], [x, a, h, None, None], scale)
+    return launch.raw, cuda.last(7), [line for line in lines if "launch" in line]
+lean, seen, told = launched(triton.__version__, 2)
+own, same, why = launched("4.0.0", 2)
+assert lean and own is None and same == seen and not told, (lean, own, same, seen, told)
+assert len(why) == 1 and "4.0.0" in why[0], why
+""")
+
+
 def test_lean_launches_of_many_adapters_equal_tritons_own() -> None:
     """Every kernel of the batched op, tuples of pointers and numbers among its parameters: decode, prefill by TMA and gathered, dropout, table."""
     in_own_process("""

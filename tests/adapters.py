@@ -75,7 +75,8 @@ def peft_model(base: nn.Module, folder: Path):
 def write_adapter(folder: Path, tensors: dict[str, Tensor], **config) -> Path:
     """An adapter folder as PEFT lays it out, without PEFT (fast), and with whatever is wrong in the arguments."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | config))
+    names = sorted({key.split(".")[-3] for key in tensors if key.endswith(".lora_A.weight")}) or ["q_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": names} | config))
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
 

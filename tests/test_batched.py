@@ -280,7 +280,7 @@ def test_shrink_and_expand_refuse_gradients_and_copies():
 EXPAND_ERRORS = {
     "y_expanded": (dict(y=torch.zeros(1, 6).expand(3, 6)), LoraValueError, "elements of it share memory"),
     "y_overlapping": (dict(y=torch.zeros(20).as_strided((3, 6), (4, 1))), LoraValueError, "elements of it share memory"),
-    "y_number": (dict(y=torch.zeros(())), LoraValueError, "x has no dimension"),
+    "y_number": (dict(y=torch.zeros(())), LoraValueError, "y has no dimension"),
     "h_none": (dict(h=None), LoraTypeError, "h is no tensor"),
     "pool_none": (dict(pool_b=None), LoraTypeError, "pool_b is no tensor"),
     "pool_vector": (dict(pool_b=torch.zeros(6)), LoraValueError, "pool_b has too few dimensions"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from batched_cases import Batch
 
-from lora_kernels._errors import LoraTypeError, LoraValueError
+from lora_kernels._errors import LoraKernelsError, LoraTypeError, LoraValueError
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.serving import interop
+from lora_kernels.serving.interop import from_punica, from_sglang, from_vllm, pool_of_pointers, segment_ids, sglang_slices
 from lora_kernels.serving.metadata import ids_of_sequences
 
 MIXED = [0, 0, 3, -1, 2, 2, 2, -1, 1, 3, 3, 0]
@@ -114,3 +115,49 @@ def test_ids_of_sequences():
     assert ids_of_sequences([1, None], 2).tolist() == [1, 1, -1, -1]
     with pytest.raises(LoraValueError, match="lengths do not fit"):
         ids_of_sequences([1], [2, 3])
+
+
+def vector(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_segments_that_leave_rows_out():
+    """Rows before the first segment and past the last use none; slots past the last segment are padding."""
+    assert from_punica(vector(2, 3, 5), vector(1, 0), 6, 3).meta.ids.tolist() == [-1, -1, 1, 0, 0, -1]
+    assert from_punica(vector(0, 2, 5), vector(1, 0, 2), 7, 3).meta.ids.tolist() == [1, 1, 0, 0, 0, -1, -1]
+
+
+SEGMENTS = {
+    "few_slots": ((vector(0, 2, 5), vector(1), 5), LoraValueError, r"indptr \[3\], slots \[1\]"),
+    "backwards": ((vector(0, 4, 2), vector(1, 0), 5), LoraValueError, "indptr runs backwards"),
+    "list": (([0, 2, 5], vector(1, 0), 5), LoraTypeError, "indptr is no vector of integers; got list"),
+    "floats": ((torch.tensor([0.0, 2.0]), vector(1), 5), LoraTypeError, "indptr is no vector of integers"),
+    "no_rows": ((vector(0, 2), vector(1), -1), LoraValueError, "num_tokens is no count"),
+    "long_permutation": ((vector(0, 2), vector(1), 2, vector(0, 1, 2)), LoraValueError, "more rows than there are; got 3"),
+    "twice": ((vector(0, 2), vector(1), 4, vector(1, 1)), LoraValueError, "the permutation is none"),
+    "outside": ((vector(0, 2), vector(1), 4, vector(0, 4)), LoraValueError, "the permutation is none; got rows from 0 to 4"),
+}
+
+
+@pytest.mark.parametrize("args, error, text", SEGMENTS.values(), ids=SEGMENTS)
+def test_segments_that_are_none(args, error, text):
+    with pytest.raises(error, match=text):
+        segment_ids(*args)
+
+
+OTHERS = {
+    "vllm_none": (lambda: from_vllm(None, 3), "not vLLM's metadata; got NoneType"),
+    "sglang_none": (lambda: from_sglang(None), "not SGLang's metadata; got NoneType without permutation"),
+    "slices": (lambda: sglang_slices(torch.zeros(2, 6, 4), [1, 2]), "widths do not fit"),
+    "pointers_list": (lambda: pool_of_pointers([1], 2, 2, torch.float32), "these are no pointers; got list"),
+    "pointers_null": (lambda: pool_of_pointers(torch.tensor([0]), 2, 2, torch.float32), "a pointer to nothing"),
+    "pointers_dtype": (lambda: pool_of_pointers(torch.tensor([64]), 2, 2, "float32"), "no shape and dtype"),
+    "sequences": (lambda: ids_of_sequences(["a"], [1]), "a slot is no id; got 'a'"),
+    "lengths": (lambda: ids_of_sequences([0], [1.5]), "lengths do not fit"),
+}
+
+
+@pytest.mark.parametrize("call, text", OTHERS.values(), ids=OTHERS)
+def test_metadata_that_is_none(call, text):
+    with pytest.raises(LoraKernelsError, match=text):
+        call()

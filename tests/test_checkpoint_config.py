@@ -59,10 +59,10 @@ REFUSALS = {
     "r-0": ({"r": 0}, "r is no rank"),
     "r-text": ({"r": "16"}, "r is no rank"),
     "r-true": ({"r": True}, "r is no rank"),
-    "alpha-nan": ({"lora_alpha": math.nan}, "lora_alpha is not finite"),
-    "alpha-huge": ({"lora_alpha": 10**400}, "lora_alpha is not finite"),
+    "alpha-nan": ({"lora_alpha": math.nan}, "lora_alpha is no finite number"),
+    "alpha-huge": ({"lora_alpha": 10**400}, "lora_alpha is no finite number"),
     "alpha-beyond-float32": ({"lora_alpha": 1e300}, "the scaling by adapter_config.json is not finite in float32"),
-    "alpha-text": ({"lora_alpha": "8"}, "lora_alpha is not finite"),
+    "alpha-text": ({"lora_alpha": "8"}, "lora_alpha is no finite number"),
     "rslora-text": ({"use_rslora": "yes"}, "use_rslora is no flag"),
     "patterns-list": ({"rank_pattern": ["q"]}, "rank_pattern is malformed"),
     "pattern-rank-0": ({"rank_pattern": {"q": 0}}, "rank_pattern.* is no rank"),
@@ -71,6 +71,10 @@ REFUSALS = {
     "pattern-many": ({"rank_pattern": {".*a.*b.*c.*d": 4}}, "too complex"),
     "pattern-lookahead": ({"rank_pattern": {"(?=x)y": 4}}, "too complex"),
     "targets-object": ({"target_modules": {"q": 1}}, "target_modules is malformed"),
+    "targets-others": ({"target_modules": ["other_proj"]}, "adapter_config.json leaves out; got model.layers.0.self_attn.q_proj and 1 more"),
+    "excluded": ({"exclude_modules": ["q_proj"]}, "adapter_config.json leaves out"),
+    "excluded-pattern": ({"exclude_modules": r".*\.1\..*q_proj"}, "adapter_config.json leaves out; got model.layers.1.self_attn.q_proj;"),
+    "excluded-number": ({"exclude_modules": [3]}, "exclude_modules is malformed"),
 }
 
 

@@ -227,7 +227,7 @@ def test_an_update_that_fails_changes_nothing(base, pool):
     with pool.batch_tokens(slots) as batch:
         before = base(IDS).logits
         for bad in (slots + 99, slots.long() + 2**32):
-            with pytest.raises(LoraValueError, match="outside the pool"):
+            with pytest.raises(LoraValueError, match="slots of no loaded adapter"):
                 batch.update_(bad)
         assert torch.equal(base(IDS).logits, before)
     assert pool.stats()["in_use"] == 0
@@ -311,7 +311,7 @@ def test_batch_that_does_not_fit_the_input(base, pool):
         base(IDS)
     with pytest.raises(LoraTypeError, match="slots are no ids"), pool.batch_tokens(torch.zeros(3)):
         pass
-    with pool.batch_tokens(torch.full((18,), 99, dtype=torch.int32)), pytest.raises(LoraValueError, match="outside the pool"):
+    with pytest.raises(LoraValueError, match="slots of no loaded adapter"), pool.batch_tokens(torch.full((18,), 99, dtype=torch.int32)):
         base(IDS)
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .. import _batch_table, _checks_batched, _device
+from .. import _batch_table, _checks, _checks_batched, _device
 from .._errors import LoraTypeError, LoraValueError, message
 from ..native.signature import has_values, value_range
 
@@ -34,11 +34,20 @@ def check_ranks(op: str, ranks: Tensor | None, R: int) -> None:
         raise LoraValueError(message(f"{op}: a true rank outside the pool", f"ranks from {low} to {high}", f"0 to {R}"))
 
 
+def check_scalings(op: str, scalings: Tensor | None) -> None:
+    """Raise when a scaling is not finite; read on a CPU only, where that costs no wait."""
+    if scalings is None or scalings.device.type != "cpu" or torch.compiler.is_compiling() or not has_values(scalings):
+        return
+    if not scalings.isfinite().all():
+        raise LoraValueError(message(f"{op}: scalings are not finite", scalings.flatten().tolist()[:5], "finite numbers"))
+
+
 def as_ids(op: str, ids: Tensor) -> Tensor:
     """`[M]` contiguous int32."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise LoraTypeError(message(f"{op}: token_lora_mapping has no usable type", got, "an int32 tensor, one id per row", "ids.to(torch.int32)"))
+        fix = "ids.to(torch.int32)" if isinstance(ids, Tensor) else "torch.tensor(ids, dtype=torch.int32)"
+        raise LoraTypeError(message(f"{op}: token_lora_mapping has no usable type", got, "an int32 tensor, one id per row", fix))
     return _checks_batched.narrowed(ids.reshape(-1), torch.int32).contiguous()
 
 
@@ -73,6 +82,7 @@ class BatchMeta:
         ids = as_ids("BatchMeta", token_lora_mapping)
         if not isinstance(num_adapters, (int, torch.SymInt)) or num_adapters < 0:
             raise LoraValueError(message("BatchMeta: num_adapters is no count", repr(num_adapters)[:80], "an int of at least 0"))
+        _checks.check_flags("BatchMeta", batch_invariant=batch_invariant)
         check_ids("BatchMeta", ids, num_adapters)
         self.num_adapters = num_adapters
         self.batch_invariant = _device.env_flag("LORA_KERNELS_BATCH_INVARIANT") if batch_invariant is None else batch_invariant

@@ -14,7 +14,7 @@ from ..native.signature import has_values
 from ..reference_batched import h_width
 from . import _serving_path
 from ._serving_path import as_list
-from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks
+from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks, check_scalings
 from .lora_linear import PLAIN, _autocasts, _run, any_autocast, dense, draw_seed, refuse_transforms
 
 _FWD = "lora_batched_fwd"
@@ -81,6 +81,13 @@ class _Call(NamedTuple):
     strict: bool
 
 
+def _versions(call: _Call) -> list[int | None]:
+    """The in-place counters of what the backward reads beside its saved tensors; one of inference mode has none."""
+    if torch.compiler.is_compiling():
+        return []
+    return [None if t is None or t.is_inference() else t._version for t in (call.ids, call.ranks, call.scalings, call.dropout_p)]
+
+
 class _LoraBatched(torch.autograd.Function):
     """Saves x (not copied), h and the keep mask. The forward op is the one that serving calls, so its bits are serving's."""
 
@@ -90,6 +97,7 @@ class _LoraBatched(torch.autograd.Function):
         y, h, mask = _fwd(x, weights, biases, pools_a, pools_b, *call)
         ctx.save_for_backward(x, *weights, *pools_a, *pools_b, h, mask)
         ctx.call, ctx.slices, ctx.widths = call, S, [w.shape[0] for w in weights]
+        ctx.versions = _versions(call)
         return y
 
     @staticmethod
@@ -101,6 +109,9 @@ class _LoraBatched(torch.autograd.Function):
     @staticmethod
     def grads(ctx, dy):
         call, S, (x, *saved, h, mask) = ctx.call, ctx.slices, ctx.saved_tensors
+        if ctx.versions != _versions(call):
+            what = "token_lora_mapping, ranks, scalings or dropout_p was changed in place between forward and backward"
+            raise LoraKernelsError(message(f"lora_batched_linear: {what}", fix="change it after backward(), or hand each forward its own"))
         weights, pools_a, pools_b = (saved[i * S : (i + 1) * S] for i in range(3))
         needs = ctx.needs_input_grad[2:]
         need_dx, need_bias, need_da, need_db = needs[0], needs[1 + S : 1 + 2 * S], needs[1 + 2 * S : 1 + 3 * S], needs[1 + 3 * S :]
@@ -243,15 +254,18 @@ def lora_batched_linear(
             x, weight, bias = _autocast(x, weight, bias)
         given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
         key = None if dropout_p is not None else _serving_path.linear_key(*given, rank_packed, batch_invariant, backend, strict)
+        run = _serving_path.find(key)
     except (AttributeError, TypeError):
-        _checks_batched.check_lists(op, x, weight=weight, pool_a=pool_a, pool_b=pool_b)
+        _checks_batched.check_lists(op, x=x, weight=weight, pool_a=pool_a, pool_b=pool_b)
         _checks_batched.check_bias(op, bias)
+        _checks.check_backend(op, backend)
+        _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
         raise
     S, stacked = len(pools_a), isinstance(weight, Tensor)
-    if (run := _serving_path.find(key)) is not None:
+    if run is not None:
         y = run(*given)
         return y if stacked else y.split([w.shape[0] for w in weight], -1)
-    _checks_batched.check_lists(op, x, weight=weight, pool_a=pools_a, pool_b=pools_b)
+    _checks_batched.check_lists(op, x=x, weight=weight, pool_a=pools_a, pool_b=pools_b)
     _checks_batched.check_bias(op, bias)
     refuse_transforms(op, x, *pools_a, *pools_b)
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
@@ -260,6 +274,7 @@ def lora_batched_linear(
     weights, biases = _split_base(op, weight, bias, [b.shape[1] for b in pools_b])
     _checks_batched.check_base(op, x, weights, biases, pools_b)
     _checks.check_backend(op, backend)
+    _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
 
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     meta = resolve_meta(op, token_lora_mapping, flat.shape[0], L, x, batch_invariant)
@@ -267,8 +282,9 @@ def lora_batched_linear(
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
     check_ranks(op, ranks, R)
     scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
+    check_scalings(op, scalings)
     dropout_p = _dropout_table(op, dropout_p, training, L, x.device)
-    seed = None if dropout_p is None else draw_seed(seed, x.device)
+    seed = None if dropout_p is None else draw_seed(seed, x.device, op)
     call = _Call(meta.ids, ranks, scalings, dropout_p, seed, meta.table, meta.block, rank_packed, meta.batch_invariant, backend, strict)
     tensors = (flat, *weights, *biases, *pools_a, *pools_b)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

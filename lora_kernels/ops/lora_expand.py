@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _checks_batched
-from .._errors import LoraValueError, message
+from .._errors import LoraKernelsError, LoraValueError, message
 from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks
@@ -44,6 +44,16 @@ def _overlaps(y: Tensor) -> bool:
     return False
 
 
+def _tell_autograd(op: str, y: Tensor) -> None:
+    """That y will be written, which autograd does not see of an op like this: a backward that wants the old values raises then."""
+    if torch.compiler.is_compiling():
+        return
+    if not y.is_inference():
+        torch._C._increment_version([y])
+    elif not torch.is_inference_mode_enabled():
+        raise LoraKernelsError(message(f"{op}: y was made in inference mode, and is written only there", fix="torch.inference_mode(), or y.clone()"))
+
+
 def lora_expand(
     y: Tensor,
     h: Tensor,
@@ -76,23 +86,28 @@ def lora_expand(
         pools_b = [squeeze_slab(p) for p in as_list(pool_b)]
         S, N = len(pools_b), sum(p.shape[1] for p in pools_b)
         h = h.unsqueeze(0) if h.dim() == 2 and S == 1 else h
+        key, given = _serving_path.key_of(y, (h, *pools_b, ranks), meta, op, S, batch_invariant, backend, strict), (meta, ranks)
+        run = _serving_path.find(key)
     except (AttributeError, IndexError, TypeError):
-        _checks_batched.check_lists(op, y, pool_b=pool_b)
+        _checks_batched.check_lists(op, y=y, pool_b=pool_b)
         _checks.check_tensors(op, h=h)
+        _checks.check_backend(op, backend)
+        _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant)
         if all(p.dim() > 1 for p in as_list(pool_b)):
             raise
         raise LoraValueError(message(f"{op}: pool_b has too few dimensions", [list(p.shape) for p in as_list(pool_b)], "[L, N, R]")) from None
-    key, given = _serving_path.key_of(y, (h, *pools_b, ranks), meta, op, S, batch_invariant, backend, strict), (meta, ranks)
-    if (run := _serving_path.find(key)) is not None:
+    if run is not None:
+        _tell_autograd(op, y)
         run(y, h, pools_b, *given)
         return y
-    _checks_batched.check_lists(op, y, pool_b=pools_b)
+    _checks_batched.check_lists(op, y=y, pool_b=pools_b)
     refuse_transforms(op, y, h, *pools_b)
     if h.dim() != 3 or h.shape[0] != S or y.shape[-1] != N or h.shape[1] * N != y.numel():
         got = f"h {list(h.shape)}, y {list(y.shape)}"
         raise LoraValueError(message(f"{op}: h and y do not fit pool_b", got, f"h [{S}, M, R], y [..., {N}] with M rows"))
     _checks_batched.check_pool_b(op, y, pools_b, S, pools_b[0].shape[0], h.shape[2])
     _checks.check_backend(op, backend)
+    _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant)
     _checks.check_devices(op, y=y, h=h)
     if h.dtype not in (y.dtype, torch.float32):
         raise LoraValueError(message(f"{op}: h has an unsupported dtype", h.dtype, f"{y.dtype} (as y) or torch.float32"))
@@ -108,6 +123,7 @@ def lora_expand(
     meta = resolve_meta(op, meta, flat.shape[0], L, y, batch_invariant)
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, y.device)
     check_ranks(op, ranks, h.shape[2])
+    _tell_autograd(op, y)
     args = (flat, h, pools_b, meta.ids, ranks, meta.table, meta.block, meta.batch_invariant)
     torch.ops.lora_kernels.lora_expand.default(*args, backend, strict)
     if key is not None:

@@ -226,21 +226,21 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise LoraKernelsError(message("lora_linear: second derivatives are not implemented", allowed="one backward pass", fix=PLAIN))
 
 
-def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def draw_seed(seed: int | Tensor | None, device: torch.device, op: str = "lora_linear") -> Tensor:
     """A 1-element int64 seed on `device`: drawn from torch's generator when None, so manual_seed and checkpointing replay it."""
     if seed is None:
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise LoraTypeError(message("lora_linear: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
+            raise LoraTypeError(message(f"{op}: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
         return seed.to(device).reshape(1)
     if not isinstance(seed, int):
         try:
             seed = operator.index(seed)  # numpy's integers
         except TypeError:
-            raise LoraTypeError(message("lora_linear: seed is no seed", type(seed).__name__, "int, or int64 tensor of 1 element")) from None
+            raise LoraTypeError(message(f"{op}: seed is no seed", type(seed).__name__, "int, or int64 tensor of 1 element")) from None
     if not -(2**63) <= seed < 2**63:
-        raise LoraValueError(message("lora_linear: seed is no seed", seed, "an int of 64 bits"))
+        raise LoraValueError(message(f"{op}: seed is no seed", seed, "an int of 64 bits"))
     return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 

@@ -11,7 +11,7 @@ from .. import _checks, _checks_batched
 from .._errors import LoraKernelsError, message
 from . import _serving_path
 from ._serving_path import as_list
-from .batch_meta import BatchMeta, check_ranks
+from .batch_meta import BatchMeta, check_ranks, check_scalings
 from .lora_batched import resolve_meta, squeeze_slab
 from .lora_linear import _run, dense, refuse_transforms
 
@@ -69,18 +69,22 @@ def lora_shrink(
     op = "lora_shrink"
     try:
         pools_a = [squeeze_slab(p) for p in as_list(pool_a)]
+        tensors, options = (*pools_a, ranks, scalings), (len(pools_a), rank_packed, batch_invariant, backend, strict)
+        key, given = _serving_path.key_of(x, tensors, meta, op, *options), (meta, ranks, scalings)
+        run = _serving_path.find(key)
     except (AttributeError, TypeError):
-        _checks_batched.check_lists(op, x, pool_a=pool_a)
+        _checks_batched.check_lists(op, x=x, pool_a=pool_a)
+        _checks.check_backend(op, backend)
+        _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
         raise
-    tensors, options = (*pools_a, ranks, scalings), (len(pools_a), rank_packed, batch_invariant, backend, strict)
-    key, given = _serving_path.key_of(x, tensors, meta, op, *options), (meta, ranks, scalings)
-    if (run := _serving_path.find(key)) is not None:
+    if run is not None:
         h = run(x, pools_a, *given)
         return h[0] if isinstance(pool_a, Tensor) else h
-    _checks_batched.check_lists(op, x, pool_a=pools_a)
+    _checks_batched.check_lists(op, x=x, pool_a=pools_a)
     refuse_transforms(op, x, *pools_a)
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     _checks.check_backend(op, backend)
+    _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
     refuse_grad(op, x, *pools_a)
     S, L = len(pools_a), pools_a[0].shape[0]
     flat = x.reshape(-1, x.shape[-1])
@@ -88,6 +92,7 @@ def lora_shrink(
     ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
     check_ranks(op, ranks, pools_a[0].shape[1] // (S if rank_packed else 1))
     scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
+    check_scalings(op, scalings)
     args = (flat, pools_a, meta.ids, ranks, scalings, meta.table, meta.block, rank_packed, meta.batch_invariant)
     h = torch.ops.lora_kernels.lora_shrink.default(*args, backend, strict)
     if key is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
+from ..native.signature import has_values
 from ..ops.batch_meta import BatchMeta, as_ids, check_ids, writable
 from .slots import Adapter
 
@@ -97,7 +98,7 @@ class Batch:
             self._pool._release(adapters)
             raise LoraValueError(reason)
         held, self._adapters = self._adapters, adapters
-        self._touched = {i for a in adapters if a is not None for i in a.modules}
+        self._touched, self.shared = {i for a in adapters if a is not None for i in a.modules}, None
         try:
             with writable(self._ids):
                 self._ids.copy_(ids)
@@ -114,13 +115,30 @@ class Batch:
                 raise LoraTypeError(message("slots are no ids", f"{rows.dtype} {list(rows.shape)}", "int32 [M], as from AdapterPool.slot, or names"))
             if not self._per_token and not rows.numel():
                 raise LoraValueError(message("a batch needs one slot or -1 per row", "no rows"))
-            return list(self._pool._slots.acquire_all()), as_ids("a batch", rows).clone()
+            adapters = list(self._pool._slots.acquire_all())
+            try:
+                self._check_loaded(rows, adapters)
+            except LoraKernelsError:
+                self._pool._release(adapters)
+                raise
+            return adapters, as_ids("a batch", rows).clone()
         if isinstance(rows, str) or not isinstance(rows, Sequence):
             raise LoraTypeError(message("a batch needs one name or None per row", repr(rows)[:80], '["sql", None, "legal"]'))
         if not rows:
             raise LoraValueError(message("a batch needs one name or None per row", "no rows"))
         adapters = self._pool._slots.acquire(rows)
         return adapters, torch.tensor([-1 if a is None else a.slot for a in adapters], dtype=torch.int32)
+
+    @staticmethod
+    def _check_loaded(rows: Tensor, adapters: Sequence[Adapter]) -> None:
+        """Slots in host memory are those of loaded adapters; an evicted one's may hold anything by now. On a GPU, looking would mean waiting."""
+        if rows.is_cpu and has_values(rows):
+            empty = set(rows.unique().tolist()) - {a.slot for a in adapters} - {-1}
+            if empty:
+                loaded = ", ".join(f"{a.slot} ({a.name})" for a in adapters[-5:]) or "none"
+                raise LoraValueError(
+                    message("a batch names slots of no loaded adapter", sorted(empty)[:5], f"-1, {loaded}", "ask AdapterPool.slot again")
+                )
 
     # ---- for the layers
 

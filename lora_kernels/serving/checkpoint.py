@@ -87,7 +87,11 @@ class Checkpoint:
         if missing := missing_targets(self.config, found, targets):
             got = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             raise _bad("modules that adapter_config.json names are missing from the file", got, fix="fetch or save the adapter again")
-        return {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}
+        pairs = {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}
+        if foreign := self.config.unselected(pairs):
+            got = f"{foreign[0]}" + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
+            raise _bad("it adapts modules that its adapter_config.json leaves out", got, fix="fetch or save the adapter again")
+        return pairs
 
     def _pair(self, module: str, parts: dict[str, str], shape: Shape, max_rank: int) -> Pair:
         if missing := {"lora_A.weight", "lora_B.weight"} - parts.keys():
@@ -119,15 +123,16 @@ def _split(key: str) -> tuple[str, str]:
 def _folder(folder: str | os.PathLike) -> Path:
     try:
         path = Path(folder)
+        empty = not os.fspath(folder)  # Path("") would be the current folder
     except TypeError:
         raise LoraTypeError(message("the adapter's folder is no path", type(folder).__name__, "str or os.PathLike")) from None
     try:
-        is_folder = path.is_dir()
+        is_folder = path.is_dir() and not empty
     except (ValueError, OSError):  # a null byte, before Python 3.12; a name too long
         is_folder = False
     if not is_folder:
-        raise LoraValueError(message("there is no such adapter folder", repr(str(path)), "a folder as written by PEFT's save_pretrained"))
-    if not (path / WEIGHTS).exists() and (path / "adapter_model.bin").exists():
+        raise LoraValueError(message("there is no such adapter folder", repr(os.fspath(folder)), "a folder as written by PEFT's save_pretrained"))
+    if not os.path.exists(path / WEIGHTS) and os.path.exists(path / "adapter_model.bin"):  # both False in a folder that may not be searched
         fix = "convert it where you trust it: PeftModel.save_pretrained writes safetensors"
         raise LoraValueError(message("this adapter is a pickle file, which is never opened", "adapter_model.bin", WEIGHTS, fix))
     return path

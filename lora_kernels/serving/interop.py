@@ -36,9 +36,10 @@ def from_vllm(meta_args: Sequence[Tensor], num_adapters: int, batch_invariant: b
     Its slabs `[L, 1, R, K]` and `[L, 1, N, R]` go to the ops as they are. Scaling is folded into B by vLLM, ranks are padded with zeros:
     both come back as None.
     """
-    if len(meta_args) != 7 or not isinstance(meta_args[0], Tensor):
+    if not isinstance(meta_args, (list, tuple)) or len(meta_args) != 7 or not isinstance(meta_args[0], Tensor):
+        got = f"{len(meta_args)} values" if isinstance(meta_args, (list, tuple)) else type(meta_args).__name__
         allowed = "the 7 tensors of LoRAKernelMeta.meta_args, token_lora_mapping first"
-        raise LoraValueError(message("from_vllm: not vLLM's metadata", f"{len(meta_args)} values", allowed))
+        raise LoraValueError(message("from_vllm: not vLLM's metadata", got, allowed))
     return Foreign(BatchMeta(meta_args[0], num_adapters, batch_invariant), None, None)
 
 
@@ -46,15 +47,50 @@ def from_vllm(meta_args: Sequence[Tensor], num_adapters: int, batch_invariant: b
 
 
 def segment_ids(indptr: Tensor, slots: Tensor, num_tokens: int, permutation: Tensor | None = None) -> Tensor:
-    """int32 `[num_tokens]` from contiguous segments: rows indptr[i] ... indptr[i + 1] use slots[i]; rows past the last segment use none.
+    """int32 `[num_tokens]` from contiguous segments: rows indptr[i] ... indptr[i + 1] use slots[i]; rows before the first and past the last
+    segment use none, and slots past the last segment (padding) say nothing.
 
     `permutation` int `[up to num_tokens]`: segment position j stands for row permutation[j]; rows that it does not name use none.
+
+    Raises: LoraTypeError, LoraValueError: no integer vectors, fewer slots than segments, a longer permutation than rows; on a CPU also
+        segments that run backwards and rows that the permutation names twice or that are not there.
     """
+    segments = _check_segments(indptr, slots, num_tokens, permutation)
     position = torch.arange(num_tokens, device=indptr.device, dtype=indptr.dtype)
     segment = torch.searchsorted(indptr[1:].contiguous(), position, right=True)
-    padded = torch.cat([slots.to(torch.int32), slots.new_full((1,), -1, dtype=torch.int32)])
-    ids = padded[segment]
-    return ids if permutation is None else torch.full_like(ids, -1).scatter_(0, permutation.to(torch.int64), ids)
+    padded = torch.cat([slots[:segments].to(torch.int32), slots.new_full((1,), -1, dtype=torch.int32)])
+    ids = padded[segment].masked_fill_(position < indptr[0], -1)
+    if permutation is None:
+        return ids
+    return torch.full_like(ids, -1).scatter_(0, permutation.to(torch.int64), ids[: permutation.shape[0]])
+
+
+def _check_segments(indptr: Tensor, slots: Tensor, num_tokens: int, permutation: Tensor | None) -> int:
+    """The number of segments. Values are read on a CPU only: on a GPU that would wait."""
+    vectors = {"indptr": indptr, "slots": slots} | ({} if permutation is None else {"permutation": permutation})
+    for name, t in vectors.items():
+        if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype not in (torch.int32, torch.int64):
+            got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise LoraTypeError(message(f"segments: {name} is no vector of integers", got, "int32 or int64, one dimension"))
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
+        raise LoraValueError(message("segments: num_tokens is no count", repr(num_tokens)[:80], "an int of at least 0"))
+    segments = indptr.shape[0] - 1
+    if segments < 0 or slots.shape[0] < segments:
+        got = f"indptr {list(indptr.shape)}, slots {list(slots.shape)}"
+        raise LoraValueError(message("segments: indptr and slots do not fit", got, "indptr [segments + 1], slots [at least segments]"))
+    if permutation is not None and permutation.shape[0] > num_tokens:
+        raise LoraValueError(message("segments: the permutation has more rows than there are", permutation.shape[0], f"at most {num_tokens}"))
+    if indptr.is_cpu and (indptr[0] < 0 or (indptr.diff() < 0).any()):
+        raise LoraValueError(message("segments: indptr runs backwards", indptr.tolist()[:8], "0 or more, ascending"))
+    if permutation is not None and permutation.is_cpu and permutation.numel():
+        low, high = (int(v) for v in permutation.aminmax())
+        if low < 0 or high >= num_tokens or permutation.unique().numel() != permutation.numel():
+            allowed = f"each of 0 to {num_tokens - 1} at most once"
+            raise LoraValueError(message("segments: the permutation is none", f"rows from {low} to {high}", allowed))
+    return segments
+
+
+_SGLANG = ("permutation", "num_segments", "seg_indptr", "weight_indices", "lora_ranks", "scalings")
 
 
 def from_sglang(batch_info: Any, num_tokens: int | None = None, batch_invariant: bool | None = None) -> Foreign:
@@ -64,6 +100,9 @@ def from_sglang(batch_info: Any, num_tokens: int | None = None, batch_invariant:
     `expected_tokens`. Weights go to the ops as they lie: the stacked A `[L, S r, K]`, whose slices follow each other at the true rank, as
     `pool_a=[A] * S, rank_packed=True`, and B `[L, N, r]` as `pool_b=sglang_slices(B, widths)`.
     """
+    if lacking := [name for name in _SGLANG if not hasattr(batch_info, name)]:
+        got, allowed = f"{type(batch_info).__name__} without {', '.join(lacking)}", "SGLang's LoRABatchInfo, or an object with its fields"
+        raise LoraTypeError(message("from_sglang: not SGLang's metadata", got, allowed))
     permutation = batch_info.permutation
     if num_tokens is None:
         num_tokens = batch_info.expected_tokens if permutation is None else permutation.shape[0]
@@ -78,6 +117,9 @@ def from_sglang(batch_info: Any, num_tokens: int | None = None, batch_invariant:
 
 def sglang_slices(pool_b: Tensor, widths: Sequence[int]) -> list[Tensor]:
     """Views of B `[L, sum N_i, r]`, one per output slice."""
+    if not isinstance(widths, (list, tuple)) or any(not isinstance(n, int) for n in widths) or sum(widths) != pool_b.shape[1]:
+        allowed = f"a list of ints with the sum {pool_b.shape[1]}"
+        raise LoraValueError(message("sglang_slices: widths do not fit pool_b", repr(widths)[:80], allowed))
     return list(pool_b.split(list(widths), 1))
 
 
@@ -120,11 +162,17 @@ def pool_of_pointers(
     Raises:
         LoraValueError: pointers without a common pitch of at least one matrix; a layer past it.
     """
-    if pointers.dtype != torch.int64 or pointers.numel() == 0:
-        raise LoraTypeError(message("pool_of_pointers: these are no pointers", f"{pointers.dtype} {list(pointers.shape)}", "int64 [segments >= 1]"))
+    if not isinstance(pointers, Tensor) or pointers.dtype != torch.int64 or pointers.dim() != 1 or pointers.numel() == 0:
+        got = f"{pointers.dtype} {list(pointers.shape)}" if isinstance(pointers, Tensor) else type(pointers).__name__
+        raise LoraTypeError(message("pool_of_pointers: these are no pointers", got, "int64 [segments >= 1]"))
+    if not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) for n in (rows, columns, layer)):
+        got = f"rows {rows!r}, columns {columns!r}, dtype {dtype!r}, layer {layer!r}"
+        raise LoraTypeError(message("pool_of_pointers: no shape and dtype", got, "ints and a torch.dtype"))
     addresses = pointers.tolist()
     size = torch.empty((), dtype=dtype).element_size()
     first, matrix = min(addresses), rows * columns * size
+    if first <= 0:
+        raise LoraValueError(message("pool_of_pointers: a pointer to nothing", first, "addresses of matrices"))
     pitch = math.gcd(*(address - first for address in addresses)) or matrix
     slots = [(address - first) // pitch for address in addresses]
     if layer < 0 or rows < 1 or columns < 1 or (len(set(addresses)) > 1 and (layer + 1) * matrix > pitch >= matrix):

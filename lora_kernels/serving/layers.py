@@ -37,6 +37,17 @@ class Group:
     scalings: Tensor
     biases: list[Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def tables(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """ranks and scalings of `count` layers, the same objects every time: what was looked at need not be looked at again."""
+        if torch.compiler.is_compiling():
+            return self.ranks[first : first + count], self.scalings[first : first + count]
+        if (found := self._tables.get((first, count))) is None:
+            found = self._tables[first, count] = (self.ranks[first : first + count], self.scalings[first : first + count])
+        return found
+
 
 @dataclass(eq=False)
 class Target:
@@ -100,14 +111,14 @@ def _shrink(batch: Batch, x: Tensor, group: Group, places: list[int]) -> list[Te
     if x.dtype != group.slabs_a[0].dtype and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = slice(places[0], places[-1] + 1)
-    return list(lora_shrink(x, group.slabs_a[rows], batch.meta(x), group.ranks[rows], group.scalings[rows]))
+    return list(lora_shrink(x, group.slabs_a[rows], batch.meta(x), *group.tables(places[0], len(places))))
 
 
 def _whole(batch: Batch, x: Tensor, group: Group, places: list[int]) -> list[Tensor]:
     layers, rows = [group.layers[i] for i in places], slice(places[0], places[-1] + 1)
     weights, biases = [m.weight for m in layers], [m.bias for m in layers]
     slabs_a, slabs_b = group.slabs_a[rows], group.slabs_b[rows]
-    return list(lora_batched_linear(x, weights, biases, slabs_a, slabs_b, batch.meta(x), group.ranks[rows], group.scalings[rows]))
+    return list(lora_batched_linear(x, weights, biases, slabs_a, slabs_b, batch.meta(x), *group.tables(places[0], len(places))))
 
 
 def _shared(batch: Batch, target: Target, x: Tensor, compute) -> Tensor:
@@ -139,7 +150,12 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
     """Plain linear layers by name: those whose name is, or ends in, one of `target_modules`; all but the output embedding when None."""
     if not isinstance(model, nn.Module):
         raise LoraTypeError(message("AdapterPool: model is no module", type(model).__name__, "a torch.nn.Module with linear layers"))
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in m.__dict__}
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: the same layers under their own names
+    bypassed = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer) for part in ("linear1", "linear2")}
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in m.__dict__ and name not in bypassed}
+    if any(name.endswith(".base_layer") for name in linears):
+        got, fix = f"{type(model).__name__} with PEFT's LoRA layers", "AdapterPool(peft_model.unload(), ...), then load the adapters' folders"
+        raise LoraValueError(message("AdapterPool: the model has adapters already", got, "the base model", fix))
     if target_modules is None or target_modules == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = {name: m for name, m in linears.items() if m is not head}
@@ -150,6 +166,8 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
         matches = {t: [n for n in linears if n == t or n.endswith("." + t)] for t in wanted}
         if missing := [t for t, names in matches.items() if not names]:
             kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears})) or "no plain torch.nn.Linear at all"
+            if any(n == t or n.endswith("." + t) for t in missing for n in bypassed):
+                kinds += "; none of nn.TransformerEncoderLayer, which may compute without calling its linear layers"
             raise LoraValueError(message("AdapterPool: the model has no linear layer of this name", ", ".join(map(repr, missing)), kinds))
         chosen = {n for names in matches.values() for n in names}
         found = {n: m for n, m in linears.items() if n in chosen}
@@ -193,8 +211,14 @@ def allocate(layers: list[nn.Linear], shard: Shard, L: int, R: int, dtype: torch
     """Slabs for these layers; their rows of the shard's tables are the next free ones."""
     K, options = layers[0].in_features, {"device": shard.device, "dtype": dtype or layers[0].weight.dtype}
     rows = slice(len(shard.targets), len(shard.targets) + len(layers))
-    slabs_a = [torch.zeros(L, R, K, **options) for _ in layers]
-    slabs_b = [torch.zeros(L, m.out_features, R, **options) for m in layers]
+    try:
+        slabs_a = [torch.zeros(L, R, K, **options) for _ in layers]
+        slabs_b = [torch.zeros(L, m.out_features, R, **options) for m in layers]
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        got = f"{L} slots of rank {R} for layers of {K} x {layers[0].out_features} on {shard.device}"
+        raise LoraKernelsError(
+            message("AdapterPool: the adapters' memory cannot be allocated", got, fix="a smaller max_rank or max_loras")
+        ) from error
     return Group(layers, slabs_a, slabs_b, shard.ranks[rows], shard.scalings[rows])
 
 

@@ -12,6 +12,7 @@ from .._errors import LoraKernelsError, LoraValueError, message
 from .tensor_file import open_regular, parse_json
 
 MAX_CONFIG = 1_000_000  # bytes
+MAX_RANK = 1_000_000
 
 # Options that say nothing about what the trained adapter computes on a plain base model.
 HARMLESS = {
@@ -54,6 +55,8 @@ class PeftConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     targets: tuple[str, ...]  # plain names that every adapter file must cover; empty where the config selects otherwise
+    named: tuple[str, ...]  # plain names, of which every module of the file has one; empty where any may be there
+    excluded: tuple[str, ...] | str  # plain names that no module of the file has, or a pattern that none matches
 
     def rank(self, module: str) -> int:
         return self._lookup(self.rank_pattern, module, self.r)
@@ -62,6 +65,16 @@ class PeftConfig:
         """lora_alpha / r, with use_rslora lora_alpha / sqrt(r), by the module's own alpha and rank."""
         alpha, r = self._lookup(self.alpha_pattern, module, self.alpha), self.rank(module)
         return alpha / math.sqrt(r) if self.rslora else alpha / r
+
+    def unselected(self, modules: Iterable[str]) -> list[str]:
+        """Those of the modules that PEFT, reading this config, would not adapt."""
+
+        def left_out(module: str) -> bool:
+            if isinstance(self.excluded, str):
+                return bool(re.fullmatch(self.excluded, module))
+            return _named(module, self.excluded)
+
+        return [m for m in modules if (self.named and not _named(m, self.named)) or left_out(m)]
 
     @staticmethod
     def _lookup(patterns: dict, module: str, default):
@@ -91,6 +104,8 @@ def read_config(folder: Path) -> PeftConfig:
         rank_pattern=_patterns(raw, "rank_pattern", _rank),
         alpha_pattern=_patterns(raw, "alpha_pattern", _finite),
         targets=_targets(raw),
+        named=tuple(raw["target_modules"]) if isinstance(raw.get("target_modules"), list) else (),
+        excluded=_excluded(raw),
     )
 
 
@@ -120,8 +135,23 @@ def _targets(raw: dict) -> tuple[str, ...]:
     return () if narrowed else tuple(names)
 
 
+def _excluded(raw: dict) -> tuple[str, ...] | str:
+    given = raw.get("exclude_modules") or []
+    if isinstance(given, str):
+        _check_pattern("exclude_modules", given)
+        return given
+    if not isinstance(given, list) or not all(isinstance(n, str) and n for n in given):
+        raise _bad("exclude_modules is malformed", _short(given), "a list of names, or a pattern")
+    return tuple(given)
+
+
+def _named(module: str, names: Iterable[str]) -> bool:
+    """Whether the module's name is one of these, or ends in one."""
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
 def _rank(key: str, value: object) -> int:
-    if type(value) is not int or not 1 <= value <= 1_000_000:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
         raise _bad(f"{key} is no rank", _short(value), "an integer of at least 1")
     return value
 
@@ -132,7 +162,7 @@ def _finite(key: str, value: object) -> float:
             return float(value)
     except OverflowError:  # an integer beyond float64
         pass
-    raise _bad(f"{key} is not finite", _short(value), "a finite number")
+    raise _bad(f"{key} is no finite number", _short(value), "a finite number")
 
 
 def _flag(raw: dict, key: str) -> bool:
@@ -164,7 +194,7 @@ def _check_pattern(key: str, pattern: str) -> None:
 def missing_targets(config: PeftConfig, present: Iterable[str], known: Iterable[str]) -> list[str]:
     """Modules of the model that the config names and the file lacks."""
     present = set(present)
-    wanted = [m for m in known if any(m == t or m.endswith("." + t) for t in config.targets)]
+    wanted = [m for m in known if _named(m, config.targets)]
     return [m for m in wanted if m not in present]
 
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _device
+from .. import _checks, _device
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from . import layers
 from .batch import Batch, Current
 from .checkpoint import Checkpoint, Pair, Shape
 from .layers import Group, Shard, Target
+from .peft_config import MAX_RANK
 from .slots import Adapter, Slots
 from .staging import Staging
 
@@ -54,9 +55,11 @@ class AdapterPool:
         max_rank: largest rank of any layer of any adapter. Memory: (max_loras + 1) * max_rank * (K + N) elements per layer; ranks below
             max_rank cost no time.
         dtype: of the adapters in memory; the layer's own when None. float32 is allowed on any model.
-        target_modules: names, or ends of names, of the layers to serve; every plain `nn.Linear` but the output embedding when None.
+        target_modules: names, or ends of names, of the layers to serve; every plain `nn.Linear` but the output embedding when None. Those of
+            `nn.TransformerEncoderLayer` are not served: it may compute without calling them.
         exact_base: True: the base layer is `F.linear`, and the update is added (`lora_shrink`, `lora_expand`), so rows without an adapter
-            have the base model's bits. False: one fused op (`lora_batched_linear`), which rounds its base product in its own order.
+            have the base model's bits. False: one fused op (`lora_batched_linear`), which rounds its base product in its own order; only
+            then does LORA_KERNELS_BATCH_INVARIANT=1 hold for whole layers.
 
     Threads: every method may be called from any thread, also while others run batches, and each thread may run batches of its own. A batch
     sees an adapter as it was when the batch began, wholly, whatever is loaded, replaced or evicted meanwhile.
@@ -73,8 +76,9 @@ class AdapterPool:
         target_modules: Sequence[str] | str | None = None,
         exact_base: bool = True,
     ) -> None:
-        _check_count("max_loras", max_loras)
-        _check_count("max_rank", max_rank)
+        _check_count("max_loras", max_loras, 65535)
+        _check_count("max_rank", max_rank, MAX_RANK)
+        _checks.check_flags("AdapterPool", exact_base=exact_base)
         found = layers.find(model, target_modules)
         for name, layer in found.items():
             own = layer.weight.dtype
@@ -144,18 +148,22 @@ class AdapterPool:
 
     def evict(self, name: str) -> None:
         """Forget an adapter. Batches that run now go on using it. Raises LoraValueError when it is not loaded, or pinned."""
+        self._check_open()
         self._slots.evict(name)
 
     def pin(self, name: str) -> None:
         """Keep an adapter from being evicted, also when the pool is full, until `unpin`. A reload keeps it pinned."""
+        self._check_open()
         self._slots.pin(name, True)
 
     def unpin(self, name: str) -> None:
         """Let the adapter be evicted again."""
+        self._check_open()
         self._slots.pin(name, False)
 
     def slot(self, name: str) -> int:
         """The adapter's id for `batch_tokens` with a tensor. It holds until the adapter is evicted or replaced; `pin` it."""
+        self._check_open()
         return self._slots.get(name).slot
 
     @property
@@ -206,6 +214,7 @@ class AdapterPool:
                 return
             self._closed = True
         self._restore()
+        self._slots.clear()
         self._targets, self._shapes, self._shards = {}, {}, []
 
     def __enter__(self) -> AdapterPool:
@@ -291,6 +300,6 @@ def _copy(staging: Staging, checkpoint: Checkpoint, pair: Pair | None, target: T
     return size
 
 
-def _check_count(what: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LoraValueError(message(f"AdapterPool: {what} is no count", repr(value)[:80], "an int of at least 1"))
+def _check_count(what: str, value: object, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise LoraValueError(message(f"AdapterPool: {what} is no count", repr(value)[:80], f"an int from 1 to {most}"))

@@ -109,6 +109,12 @@ class Slots:
             self._retire(adapter)
             self.evictions += 1
 
+    def clear(self) -> None:
+        """Forget every adapter."""
+        with self._changed:
+            for adapter in list(self._by_name.values()):
+                self._retire(adapter)
+
     def pin(self, name: str, pinned: bool) -> None:
         with self._changed:
             self._get(name).pinned = pinned

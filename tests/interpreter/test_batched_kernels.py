@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -95,6 +96,7 @@ def test_row_bits_ignore_neighbours(form):
     assert torch.equal(moved.roll(-3, 0), first)
 
 
+@pytest.mark.skipif(not isinstance(batched_tma.finish, InterpretedFunction), reason="compiled for one value of APART")
 @pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
 def test_a_sum_kept_apart_has_the_same_bits(masked, monkeypatch):
     """`finish` as Triton 3.8 needs it, beside a neighbour whose B is infinite and NaN."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(r, lora_alpha, lora_dropout, backend)
+        _check_sizes(in_features, out_features)
+        _check_dtype("LoraLinear", dtype or torch.get_default_dtype())
         self._build(nn.Linear(in_features, out_features, bias, device, dtype), r, lora_alpha, lora_dropout, use_rslora, backend)
 
     @classmethod
@@ -67,11 +70,7 @@ class LoraLinear(nn.Module):
         if type(linear) is not nn.Linear:
             raise LoraTypeError(message("LoraLinear.from_linear: no plain linear layer", type(linear).__name__, "torch.nn.Linear"))
         _check_options(r, lora_alpha, lora_dropout, backend)
-        if linear.weight.dtype not in _checks.DTYPES:
-            allowed = ", ".join(map(str, _checks.DTYPES))
-            raise LoraTypeError(
-                message("LoraLinear.from_linear: a dtype that cannot be computed with", linear.weight.dtype, allowed, "linear.to(dtype)")
-            )
+        _check_dtype("LoraLinear.from_linear", linear.weight.dtype)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._build(linear, r, lora_alpha, lora_dropout, use_rslora, backend)
@@ -86,6 +85,7 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Linear(linear.in_features, r, bias=False, device=weight.device, dtype=dtype)
         self.lora_B = nn.Linear(r, linear.out_features, bias=False, device=weight.device, dtype=dtype)
         self._unmerged_weight: Tensor | None = None
+        self._merged_bits: tuple[torch.dtype, int] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -114,22 +114,30 @@ class LoraLinear(nn.Module):
         Memory: a copy of W is kept until `unmerge`, which therefore restores it bit for bit. Does nothing when merged already.
         As in PEFT, whoever shares the base weight sees the merged one, and so does `state_dict`; `load_state_dict` wants `unmerge` first.
 
-        Raises: LoraValueError when the merged weight is not finite in W's dtype; nothing is changed then.
+        Raises: LoraValueError when the merged weight is not finite in W's dtype, or has no memory (device "meta"); nothing is changed then.
         """
         if self.merged:
             return
         weight, a, b = self.base_layer.weight, self.lora_A.weight, self.lora_B.weight
+        if weight.is_meta or a.is_meta or b.is_meta:
+            raise LoraValueError(message("LoraLinear.merge: the weights have no memory", "device meta", fix="load them first"))
         merged = torch.addmm(weight.to(a.dtype), b.to(a.dtype), a, alpha=self.scaling).to(weight.dtype)
         if not merged.isfinite().all():
             raise LoraValueError(message("LoraLinear.merge: the merged weight is not finite", fix="look for NaN or inf in the adapter"))
         self._unmerged_weight = weight.detach().clone()
         weight.copy_(merged)
+        self._merged_bits = _bits(weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back as it was before `merge`, bit for bit. Raises LoraKernelsError when not merged."""
+        """Put the base weight back as it was before `merge`, bit for bit. Raises LoraKernelsError when not merged, or when the base weight is
+        another by now: written, replaced, or merged into by another layer that shares it."""
         if not self.merged:
             raise LoraKernelsError(message("LoraLinear.unmerge: the adapter is not merged", fix="call merge() first"))
+        found = _bits(self.base_layer.weight)
+        if found[0] == self._merged_bits[0] and found != self._merged_bits:  # of another dtype it was converted, and is put back all the same
+            fix = "unmerge layers that share a weight in the reverse order of merging"
+            raise LoraKernelsError(message("LoraLinear.unmerge: the base weight is not the one that merge wrote", fix=fix))
         self.base_layer.weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
 
@@ -148,10 +156,27 @@ class LoraLinear(nn.Module):
         return f"{shape}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}{state}"
 
 
+def _bits(weight: Tensor) -> tuple[torch.dtype, int]:
+    """dtype and a checksum of the bits, the same on every device."""
+    as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.dtype, int(weight.detach().view(as_int).sum(dtype=torch.int64))
+
+
+def _check_sizes(in_features: int, out_features: int) -> None:
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise LoraValueError(message(f"LoraLinear: {name} is no size", repr(size), "an int >= 1"))
+
+
+def _check_dtype(what: str, dtype: torch.dtype) -> None:
+    if dtype not in _checks.DTYPES:
+        raise LoraTypeError(message(f"{what}: a dtype that cannot be computed with", dtype, ", ".join(map(str, _checks.DTYPES)), "linear.to(dtype)"))
+
+
 def _check_options(r: int, lora_alpha: float, lora_dropout: float, backend: str) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise LoraValueError(message("LoraLinear: r is no rank", repr(r), "an int >= 1", "use nn.Linear for no adapter"))
-    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not math.isfinite(lora_alpha):
+    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not abs(lora_alpha) <= sys.float_info.max:
         raise LoraValueError(message("LoraLinear: lora_alpha is not finite", repr(lora_alpha), "a finite number"))
     if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
         raise LoraValueError(message("LoraLinear: lora_dropout is no dropout probability", lora_dropout, "a number in [0, 1)"))

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _checks, reference
+from .ops.lora_linear import draw_seed
 
 ALLOWED_RATIO = 2.0  # what `error_ratio` may reach before a result counts as wrong
 
@@ -18,6 +19,8 @@ ALLOWED_RATIO = 2.0  # what `error_ratio` may reach before a result counts as wr
 
 def rmse(got: Tensor, exact: Tensor) -> float:
     """Root mean square of got - exact, in float64 on exact's device; 0 for empty tensors, inf where got is not finite and exact is."""
+    if got.shape != exact.shape:
+        raise ValueError(f"rmse: got {list(got.shape)}, exact {list(exact.shape)} do not belong together")
     if got.numel() == 0:
         return 0.0
     diff = got.detach().to(exact.device, torch.float64) - exact.detach().to(torch.float64)
@@ -41,8 +44,9 @@ def error_ratio(got: Tensor, eager: Tensor, exact: Tensor) -> float:
     got, eager: any shape, the dtype under test; exact: the same shape in float64, computed from the same (rounded) inputs.
     The floor u keeps the ratio meaningful where eager happens to be exact. 0 / 0 is 0. Raises ValueError on a wrong shape or dtype.
     """
-    if got.shape != exact.shape or got.dtype != eager.dtype:
-        raise ValueError(f"error_ratio: got {got.dtype} {list(got.shape)}, eager {eager.dtype}, exact {list(exact.shape)} do not belong together")
+    if got.shape != exact.shape or eager.shape != exact.shape or got.dtype != eager.dtype:
+        shapes = f"got {got.dtype} {list(got.shape)}, eager {eager.dtype} {list(eager.shape)}, exact {list(exact.shape)}"
+        raise ValueError(f"error_ratio: {shapes} do not belong together")
     error = rmse(got, exact)
     if error == 0.0:
         return 0.0
@@ -56,8 +60,8 @@ def error_ratio(got: Tensor, eager: Tensor, exact: Tensor) -> float:
 
 def dropout_mask(seed: int | Tensor, M: int, K: int, p: float) -> Tensor:
     """The keep mask, bool `[M, K]`, that every backend uses for this seed; kept elements are scaled by `keep_scale(p)`."""
-    if not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64)
+    _checks.check_dropout("dropout_mask", p)
+    seed = draw_seed(seed, seed.device if isinstance(seed, Tensor) else torch.device("cpu"), "dropout_mask")
     return reference.unpack_bits(reference.dropout_mask(seed, M, K, p), K)
 
 
@@ -66,6 +70,7 @@ def keep_scale(p: float) -> float:
 
     Each element is dropped with probability q, so the expectation of a scaled mask is exactly 1; 1 / (1 - p) would be off by up to 2^-17 / (1 - p).
     """
+    _checks.check_dropout("keep_scale", p)
     return reference.keep_scale(p)
 
 

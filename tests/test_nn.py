@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import reference
+from lora_kernels import LoraKernelsError, LoraLinear, LoraTypeError, LoraValueError, reference
 from lora_kernels.testing import relative_rmse
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -269,3 +269,40 @@ def test_base_layer_of_a_dtype_that_cannot_be_computed_with(dtype):
     with pytest.raises(lk.LoraTypeError, match=f"cannot be computed with; got {dtype}; allowed: torch.bfloat16"):
         lk.LoraLinear.from_linear(linear)
     assert linear.weight.requires_grad
+
+
+def test_unmerging_in_another_order_than_merging_is_refused() -> None:
+    """Two adapters on one weight: each would put back the weight as it found it."""
+    linear = nn.Linear(8, 8)
+    before = linear.weight.clone()
+    one, two = (LoraLinear.from_linear(linear) for _ in range(2))
+    for layer in (one, two):
+        nn.init.normal_(layer.lora_B.weight)
+    one.merge(), two.merge()
+    with pytest.raises(LoraKernelsError, match="not the one that merge wrote; fix: unmerge .* reverse order"):
+        one.unmerge()
+    two.unmerge(), one.unmerge()
+    assert torch.equal(linear.weight, before)
+    one.merge()
+    linear.weight = nn.Parameter(torch.ones(8, 8), requires_grad=False)
+    with pytest.raises(LoraKernelsError, match="not the one that merge wrote"):
+        one.unmerge()
+    assert torch.equal(linear.weight, torch.ones(8, 8))
+
+
+CONSTRUCTIONS = {
+    "int32": (dict(dtype=torch.int32), LoraTypeError, "a dtype that cannot be computed with"),
+    "float8": (dict(dtype=torch.float8_e4m3fn), LoraTypeError, "a dtype that cannot be computed with"),
+    "complex": (dict(dtype=torch.complex64), LoraTypeError, "a dtype that cannot be computed with"),
+    "no_features": (dict(in_features=0), LoraValueError, "in_features is no size; got 0"),
+    "half_features": (dict(out_features=2.5), LoraValueError, "out_features is no size; got 2.5"),
+    "alpha": (dict(lora_alpha=10**400), LoraValueError, "lora_alpha is not finite"),
+}
+
+
+@pytest.mark.parametrize("options, error, text", CONSTRUCTIONS.values(), ids=CONSTRUCTIONS)
+def test_layers_that_cannot_be(options, error, text) -> None:
+    with pytest.raises(error, match=text):
+        LoraLinear(**(dict(in_features=8, out_features=8) | options))
+    with pytest.raises(LoraValueError, match="the weights have no memory"):
+        LoraLinear(8, 8, device="meta").merge()

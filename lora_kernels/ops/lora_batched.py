@@ -227,7 +227,8 @@ def lora_batched_linear(
         pool_b: `[L, N, R]` or `[L, 1, N, R]`.
         token_lora_mapping: int32 `[M]`, adapter of each row, -1 = none; or a `BatchMeta`, built once for all layers of a forward.
         ranks: int32 `[L]` (or `[S, L]`, per slice), the true ranks, 0 to R; all R when None. Rank 0 and -1 do no work.
-        scalings: float32 `[L]` (or `[S, L]`), applied to the float32 sums of h; all 1 when None.
+        scalings: float32 `[L]` (or `[S, L]`), finite, applied to the float32 sums of h, which are then rounded to x's dtype (in float16 they
+            must stay below 65504); all 1 when None.
         backend, strict: as in `lora_linear`.
         batch_invariant: a row's bits do not depend on M either: one plan for every M. None reads LORA_KERNELS_BATCH_INVARIANT.
         dropout_p: of the low-rank branch's input, a number or float `[L]`, applied when training.
@@ -267,7 +268,7 @@ def lora_batched_linear(
         return y if stacked else y.split([w.shape[0] for w in weight], -1)
     _checks_batched.check_lists(op, x=x, weight=weight, pool_a=pools_a, pool_b=pools_b)
     _checks_batched.check_bias(op, bias)
-    refuse_transforms(op, x, *pools_a, *pools_b)
+    refuse_transforms(op, x, *as_list(weight), *(() if bias is None else as_list(bias)), *pools_a, *pools_b)
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     L, R = pools_a[0].shape[0], pools_a[0].shape[1] // (S if rank_packed else 1)
     _checks_batched.check_pool_b(op, x, pools_b, S, L, R)

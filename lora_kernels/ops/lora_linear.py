@@ -118,10 +118,10 @@ def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool)
             return made
     else:
         made = prepare and prepare(*args)
-    flat = made or run
+    flat, count = made or run, len(wide)  # not `wide` itself: what is remembered holds on to no operand
 
     def flattened(*args):
-        first, *rest = flat(*map(_dense_rows, args[: len(wide)]), *args[len(wide) :])
+        first, *rest = flat(*map(_dense_rows, args[:count]), *args[count:])
         return _shaped(first, lead) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
 
     return flat if as_they_are else flattened
@@ -201,13 +201,13 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     return run(dy, x, *args)
 
 
-def refuse_transforms(op: str, *tensors: Tensor) -> None:
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     """Raise under a torch.func transform, and for tensors that carry a forward-mode derivative: the kernels know of neither."""
     if torch.compiler.is_compiling():
         return
     if torch._C._are_functorch_transforms_active():
         raise LoraKernelsError(message(f"{op}: no torch.func transforms (grad, vmap, jvp)", allowed="torch.autograd", fix=PLAIN))
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise LoraKernelsError(message(f"{op}: no forward-mode derivatives", allowed="backward", fix=PLAIN))
 
 
@@ -218,8 +218,8 @@ class _OnceDifferentiable(torch.autograd.Function):
     """The backward under create_graph=True: gives the gradients, and a clear error to whoever differentiates them."""
 
     @staticmethod
-    def forward(ctx, *args):
-        return _grads(*args)
+    def forward(ctx, *args):  # None for what is not needed: its place may hold a tensor of all calls, which must not become this graph's
+        return tuple(grad if needed else None for grad, needed in zip(_grads(*args), args[-3:], strict=True))
 
     @staticmethod
     def backward(ctx, *_):
@@ -276,7 +276,8 @@ def lora_linear(
         bias: `[N]`, x's dtype, or None.
         lora_a: `[R, K]` in x's dtype or float32.
         lora_b: `[N, R]` in x's dtype or float32.
-        scaling: lora_alpha / r (or / sqrt(r)), a run-time number.
+        scaling: lora_alpha / r (or / sqrt(r)), a run-time number. Applied to h; in float16, where h times a number above 1 may overflow, to
+            lora_b before.
         dropout_p: probability of dropping an element of the low-rank branch's input, rounded to a multiple of 1 / 65536; kept ones are
             scaled by 1 / (1 - p) of the rounded p, so that expectations are exact. The mask is saved as one bit per element.
         training: dropout applies only when True.
@@ -304,18 +305,17 @@ def lora_linear(
         trained = grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad))
         if autocast:
             x, weight, bias = _autocast(x, weight, bias)
-    except AttributeError:  # an operand that is no tensor
-        _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
+        if x.dtype is torch.float16 and isinstance(scaling, (int, float)) and 1 < abs(scaling) < 65504 and lora_b.is_floating_point():
+            lora_b, scaling = lora_b * scaling, 1.0  # s h may overflow where h does not
+        shown = None if compiling else unobserved_signature(x, weight, lora_a, lora_b, bias)
+        if shown is not None:
+            key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, autocast)
+            run = _forward_runs.get(key)
+    except (AttributeError, TypeError):  # an operand that is no tensor, an option that is none
+        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict)
         raise
-    shown = None if compiling else unobserved_signature(x, weight, lora_a, lora_b, bias)
-    if shown is not None:
-        key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, autocast)
-        run = _forward_runs.get(key)
     if run is None or type(scaling) is not float or scaling - scaling != 0:
-        _checks.check_lora_linear("lora_linear", x, weight, bias, lora_a, lora_b)
-        _checks.check_scaling("lora_linear", scaling)
-        _checks.check_dropout("lora_linear", dropout_p)
-        _checks.check_backend("lora_linear", backend)
+        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict)
         scaling = float(scaling)
     if grad and weight.requires_grad:
         raise LoraValueError(
@@ -326,7 +326,7 @@ def lora_linear(
     if key is None:
         if seed is not None and hasattr(x, "device_mesh"):
             seed = _everywhere(seed, x)
-        refuse_transforms("lora_linear", x, lora_a, lora_b)
+        refuse_transforms("lora_linear", x, weight, bias, lora_a, lora_b)
         apply = _LoraLinear.apply
     else:
         if run is None:
@@ -336,6 +336,14 @@ def lora_linear(
             return run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
         apply = _apply
     return apply(x, lora_a, lora_b, bias, weight, (scaling, dropout_p, seed, backend, strict, run))
+
+
+def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict) -> None:
+    _checks.check_lora_linear(op, x, weight, bias, lora_a, lora_b)
+    _checks.check_scaling(op, scaling)
+    _checks.check_dropout(op, dropout_p)
+    _checks.check_backend(op, backend)
+    _checks.check_flags(op, training=training, strict=strict)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

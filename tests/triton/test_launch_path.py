@@ -267,3 +267,29 @@ one, two = _launch.workspace(cpu, 1, 10), _launch.workspace(cpu, 2, 10)
 assert one.data_ptr() != two.data_ptr() and _launch.workspace(cpu, 1, 10) is one
 assert not one.any() and _launch.workspace(cpu, 1, 5000).numel() >= 5000
 """)
+
+
+def test_what_is_remembered_holds_on_to_no_operand() -> None:
+    """Launchers, descriptors and prepared calls of training and serving."""
+    in_own_process("""
+import gc, weakref
+w, a, b = empty(160, 80), empty(16, 80).requires_grad_(), empty(160, 16).requires_grad_()
+refs = []
+for M in (64, 72, 192):
+    for p in (0.0, 0.25):
+        x = empty(M, 80).requires_grad_()
+        y = lk.lora_linear(x, w, None, a, b, 0.5, p, backend="triton", strict=True)
+        dy = torch.zeros_like(y)
+        y.backward(dy)
+        refs += map(weakref.ref, (x, y, dy))
+        del x, y, dy
+    with torch.no_grad():
+        x = empty(M, 80)
+        y = lk.lora_linear(x, w, None, a, b, 0.5, backend="triton", strict=True)
+        refs += map(weakref.ref, (x, y))
+        del x, y
+w.grad = a.grad = b.grad = None
+gc.collect()
+left = [r().shape for r in refs if r() is not None]
+assert not left, left
+""")

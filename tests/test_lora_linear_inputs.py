@@ -1,0 +1,71 @@
+"""What `lora_linear` makes of operands and options at the edge: fp16's range, forward-mode derivatives, options that are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+
+import lora_kernels as lk
+from lora_kernels import LoraKernelsError, LoraTypeError, LoraValueError, testing
+
+
+@pytest.mark.parametrize("adapters", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_fp16_keeps_its_range(backend, adapters) -> None:
+    """h is 3200 and s h 102400, which fp16 does not have; y, dx, dA and dB are all well inside."""
+    x, w = torch.full((2, 64), 200.0, dtype=torch.float16), torch.zeros(4, 64, dtype=torch.float16)
+    a, b = torch.full((4, 64), 0.25, dtype=adapters), torch.full((4, 4), 1e-3, dtype=adapters)
+
+    def grads(function, *operands):
+        operands = [t.clone().requires_grad_(i != 1) for i, t in enumerate(operands)]
+        y = function(*operands)
+        return [y, *torch.autograd.grad(y, [operands[i] for i in (0, 2, 3)], torch.full_like(y, 1e-3))]
+
+    plain = lambda x, w, a, b: F.linear(x, w) + 32.0 * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    got = grads(lambda x, w, a, b: lk.lora_linear(x, w, None, a, b, 32.0, backend=backend), x, w, a, b)
+    eager, exact = grads(plain, x, w, a, b), grads(plain, *(t.double() for t in (x, w, a, b)))
+    for name, ours, theirs, true in zip(("y", "dx", "dA", "dB"), got, eager, exact, strict=True):
+        assert testing.error_ratio(ours, theirs, true) <= testing.ALLOWED_RATIO, name
+
+
+@pytest.mark.parametrize("which", range(5), ids=["x", "weight", "bias", "lora_a", "lora_b"])
+def test_forward_mode_is_refused(which) -> None:
+    operands = [torch.randn(s) for s in ((2, 8), (6, 8), (6,), (3, 8), (6, 3))]
+    with forward_ad.dual_level():
+        operands[which] = forward_ad.make_dual(operands[which], operands[which])
+        with pytest.raises(LoraKernelsError, match="no forward-mode derivatives"):
+            lk.lora_linear(*operands)
+
+
+OPTIONS = {
+    "dropout_p": (dict(dropout_p=[0.1]), LoraValueError, "dropout_p is no probability"),
+    "backend": (dict(backend=["cpu"]), LoraValueError, "unknown backend"),
+    "strict": (dict(strict=[]), LoraTypeError, r"strict is no flag; got \[\]"),
+    "strict_text": (dict(strict="x"), LoraTypeError, "strict is no flag; got 'x'"),
+    "training": (dict(training=[1]), LoraTypeError, "training is no flag"),
+    "training_none": (dict(training=None), LoraTypeError, "training is no flag; got None"),
+    "scaling": (dict(scaling=[2.0]), LoraTypeError, "scaling is not a number; got list"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("options, error, text", OPTIONS.values(), ids=OPTIONS)
+def test_options_that_are_none(options, error, text, dtype) -> None:
+    operands = [torch.zeros(s, dtype=dtype) for s in ((2, 8), (6, 8), (6,), (3, 8), (6, 3))]
+    with pytest.raises(error, match=text):
+        lk.lora_linear(*operands, **options)
+
+
+def test_the_criterion_refuses_what_does_not_belong_together() -> None:
+    """A result of the wrong shape is no small error."""
+    with pytest.raises(ValueError, match="do not belong together"):
+        testing.relative_rmse(torch.ones(3), torch.ones(3, 3))
+    with pytest.raises(ValueError, match="do not belong together"):
+        testing.error_ratio(torch.ones(3), torch.ones(2), torch.ones(3))
+    for call in (lambda: testing.keep_scale(1.5), lambda: testing.dropout_mask(1, 2, 8, -0.5), lambda: testing.dropout_mask(2**63, 2, 8, 0.5)):
+        with pytest.raises(LoraValueError):
+            call()
+    with pytest.raises(LoraTypeError, match="seed is no seed; got float"):
+        testing.dropout_mask(1.9, 2, 8, 0.5)

@@ -113,3 +113,19 @@ def test_an_update_between_siblings_reaches_the_next(base, folder, tmp_path, exa
             layer.q_proj(x)
             batch.update_(["b", "b"])
             assert torch.equal(layer.k_proj(x), expected)
+
+
+@pytest.mark.parametrize("exact_base", [True, False], ids=["exact-base", "one-op"])
+def test_fp16_keeps_its_range(tmp_path, exact_base):
+    """h is 3200 and s h 102400, which fp16 does not have."""
+    model = nn.Sequential(nn.Linear(64, 4, bias=False, dtype=torch.float16))
+    a, b = torch.full((4, 64), 0.25), torch.full((4, 4), 1e-3)
+    write_adapter(tmp_path, {"base_model.model.0.lora_A.weight": a, "base_model.model.0.lora_B.weight": b}, r=4, lora_alpha=128)
+    x = torch.full((2, 64), 200.0, dtype=torch.float16)
+    with torch.no_grad(), AdapterPool(model, 2, 4, exact_base=exact_base) as pool:
+        pool.load("a", tmp_path)
+        with pool.batch(["a", None]):
+            y = model(x)
+        expected = x.double() @ model[0].weight.double().t()
+        expected[0] += 32.0 * 3200.0 * 4 * 1e-3
+        torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=0.1)

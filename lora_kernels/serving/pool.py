@@ -243,9 +243,10 @@ class AdapterPool:
             with Staging(shard.device, events) as staging:
                 for target in shard.targets:
                     size += _copy(staging, checkpoint, checkpoint.pairs.get(target.name), target, slot)
-                pairs = [checkpoint.pairs.get(t.name) for t in shard.targets]
-                shard.ranks[:, slot].copy_(torch.tensor([p.rank if p else 0 for p in pairs], dtype=torch.int32))
-                shard.scalings[:, slot].copy_(torch.tensor([p.scaling if p else 0.0 for p in pairs], dtype=torch.float32))
+                pairs = [(checkpoint.pairs.get(t.name), t) for t in shard.targets]
+                scalings = [p.scaling / _folded(p, t) if p else 0.0 for p, t in pairs]
+                shard.ranks[:, slot].copy_(torch.tensor([p.rank if p else 0 for p, _ in pairs], dtype=torch.int32))
+                shard.scalings[:, slot].copy_(torch.tensor(scalings, dtype=torch.float32))
         modules = frozenset(self._targets[m].index for m in checkpoint.pairs)
         return Adapter(name, slot, modules, checkpoint.config.lora_bias, max(p.rank for p in checkpoint.pairs.values()), size)
 
@@ -287,12 +288,17 @@ class AdapterPool:
         self._slots.release(adapters)
 
 
+def _folded(pair: Pair, target: Target) -> float:
+    """The part of the scaling that goes into B: in float16 all of one above 1, as s h may overflow where h does not."""
+    return pair.scaling if target.layer.weight.dtype == torch.float16 and abs(pair.scaling) > 1 else 1.0
+
+
 def _copy(staging: Staging, checkpoint: Checkpoint, pair: Pair | None, target: Target, slot: int) -> int:
     """One layer's part of an adapter into its slot; returns the bytes read. Slab entries past the rank are never read."""
     group, i, size = target.group, target.place, 0
     if pair is not None:
         size += staging.copy(checkpoint.file, pair.a, group.slabs_a[i][slot, : pair.rank])
-        size += staging.copy(checkpoint.file, pair.b, group.slabs_b[i][slot, :, : pair.rank])
+        size += staging.copy(checkpoint.file, pair.b, group.slabs_b[i][slot, :, : pair.rank], scale=_folded(pair, target))
         if pair.bias is not None:
             return size + staging.copy(checkpoint.file, pair.bias, group.biases[i][slot], scale=pair.scaling)
     if group.biases is not None:

@@ -1,6 +1,8 @@
 // What the emulator knows of a running grid: threads, blocks, clusters, shared memory with its asynchronous accesses, global memory as one block sees
 // it.
 #pragma once
+#include <sys/mman.h>
+
 #include <array>
 #include <cstring>
 #include <deque>
@@ -11,6 +13,10 @@
 #include <unordered_map>
 
 #include "program.h"
+
+#ifndef MAP_32BIT
+#define MAP_32BIT 0  // of x86 alone
+#endif
 
 namespace ptx {
 
@@ -104,11 +110,24 @@ struct Cluster {
   std::vector<Thread*> waiting;
 };
 
+// Memory below 4 GiB: PTX of Triton 3.9 takes the address of a parameter in 32 bits.
+template <class T>
+struct Low {
+  using value_type = T;
+  T* allocate(size_t n) {
+    void* p = mmap(nullptr, n * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<T*>(p);
+  }
+  void deallocate(T* p, size_t n) { munmap(p, n * sizeof(T)); }
+  bool operator==(const Low&) const { return true; }
+};
+
 struct Launch {
   std::shared_ptr<const Kernel> kernel;
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster = 1, dynamic_bytes = 0;
   bool dependent = false;  // may start before the grid ahead of it has ended
-  std::vector<uint8_t> params;
+  std::vector<uint8_t, Low<uint8_t>> params;
 };
 
 struct Grid {

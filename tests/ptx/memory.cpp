@@ -155,11 +155,12 @@ Step proxy_fence(Machine& m, Thread& t, const Instruction&) {
 }
 Step nothing(Machine&, Thread&, const Instruction&) { return Step::next; }
 
-// cp.async [shared], [global], bytes (, bytes to read)
+// cp.async [shared], [global], bytes (, bytes to read) (, cache policy: i.count)
 Step copy(Machine& m, Thread& t, const Instruction& i) {
   uint32_t to = uint32_t(t.address(i.at(0)));
   const uint64_t from = t.address(i.at(1));
-  const uint32_t bytes = t.get<uint32_t>(i.at(2)), read = i.first.size() > 3 && i.count == 0 ? std::min(bytes, t.get<uint32_t>(i.at(3))) : bytes;
+  const bool partial = i.first.size() > size_t(3 + i.count);
+  const uint32_t bytes = t.get<uint32_t>(i.at(2)), read = partial ? std::min(bytes, t.get<uint32_t>(i.at(3))) : bytes;
   if (to % bytes || (read && from % bytes)) throw Error("misaligned cp.async: " + place(t));
   Cta& cta = m.owner(t, to);
   m.expect_write(t, cta, to, bytes, false);

@@ -102,3 +102,20 @@ def test_rounding_is_pytorchs(dtype, name):
         [v & 0xFFFFFFFF for v in floats.view(torch.int32).tolist()],
     )
     assert got == [v & 0xFFFFFFFF for v in floats.to(dtype).float().view(torch.int32).tolist()]
+
+
+@pytest.mark.parametrize(("operands", "kept"), [("4", 4), ("4, 2", 2), ("4, %a4", 4), ("4, 2, %a4", 2), ("4, 0, %a4", 0)])
+def test_partial_copies_fill_with_zeros(operands: str, kept: int) -> None:
+    """cp.async of fewer bytes than its size, with and without a cache policy, which stands behind them."""
+    hint = ".L2::cache_hint" if "%a4" in operands else ""
+    body = f"""
+      .shared .align 16 .b8 place[64];
+      createpolicy.fractional.L2::evict_first.b64 %a4, 1.0;
+      mov.u32 %r3, place;
+      mad.lo.u32 %r3, %r0, 4, %r3;
+      cp.async.ca.shared.global{hint} [%r3], [%a0], {operands};
+      cp.async.commit_group;
+      cp.async.wait_group 0;
+      ld.shared.b32 %r2, [%r3];
+    """
+    assert run(body, WORDS) == [v & (1 << 8 * kept) - 1 for v in WORDS]

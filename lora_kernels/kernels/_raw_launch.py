@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
-from triton.backends.nvidia import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._errors import warn_once
@@ -48,8 +47,8 @@ def raw_launch(compiled: Any) -> RawLaunch | None:
     launch, metas = launcher.launch, ()
     if getattr(launch, "__closure__", None) is not None:  # a function of Python around it encodes the descriptors
         inside = inspect.getclosurevars(launch).nonlocals
-        launch, metas = inside["launcher"], inside["tensordesc_meta"]
-        if not metas or None in metas:
+        launch, metas = inside.get("launcher"), inside.get("tensordesc_meta")
+        if launch is None or not metas or None in metas:
             return None
     options = (launcher.launch_cooperative_grid, launcher.launch_pdl)
     scratch, hooks = (None, None), (None, None, None)
@@ -62,6 +61,7 @@ def raw_launch(compiled: Any) -> RawLaunch | None:
 
 def _encoder(metas: Sequence) -> Callable[[TensorDescriptor, int], list]:
     """The kernel arguments of the descriptor at a position: encoded map, shape, strides."""
-    make = driver.make_tensordesc_arg
+    from triton.backends.nvidia.driver import make_tensordesc_arg as make
+
     unused = (None,) * (len(inspect.signature(make).parameters) - 2)  # Triton 3.8 hands it the launch's other arguments
     return lambda descriptor, position: make(descriptor, metas[position], *unused)

@@ -82,7 +82,7 @@ class _Call(NamedTuple):
 
 
 def _versions(call: _Call) -> list[int | None]:
-    """The in-place counters of what the backward reads beside its saved tensors; one of inference mode has none."""
+    """The in-place counters of what the backward reads beside its saved tensors; one of inference mode has none. Empty where traced."""
     if torch.compiler.is_compiling():
         return []
     return [None if t is None or t.is_inference() else t._version for t in (call.ids, call.ranks, call.scalings, call.dropout_p)]
@@ -109,7 +109,8 @@ class _LoraBatched(torch.autograd.Function):
     @staticmethod
     def grads(ctx, dy):
         call, S, (x, *saved, h, mask) = ctx.call, ctx.slices, ctx.saved_tensors
-        if ctx.versions != _versions(call):
+        now = _versions(call)
+        if ctx.versions and now and ctx.versions != now:
             what = "token_lora_mapping, ranks, scalings or dropout_p was changed in place between forward and backward"
             raise LoraKernelsError(message(f"lora_batched_linear: {what}", fix="change it after backward(), or hand each forward its own"))
         weights, pools_a, pools_b = (saved[i * S : (i + 1) * S] for i in range(3))

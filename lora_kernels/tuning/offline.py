@@ -27,7 +27,7 @@ from . import store
 
 # Shared memory one program may have, bytes (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-# Bytes a kernel may spill. Tiles are chosen for Triton 3.6; what others spill, once a tile and not in its loops, is in docs/measured.md.
+# Bytes a kernel may spill. Tiles are chosen for Triton 3.6; what the others spill is in docs/measured.md.
 SPILL_LIMIT = 0 if triton.__version__.startswith("3.6.") else 208
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

@@ -52,6 +52,11 @@ def check_flags(op: str, **flags: object) -> None:
             raise LoraTypeError(message(f"{op}: {name} is no flag", repr(flag)[:80], "True or False"))
 
 
+def check_options(op: str, backend: str, **flags: object) -> None:
+    check_backend(op, backend)
+    check_flags(op, **flags)
+
+
 def check_lora_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     """Raise unless x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R] fit in shape, dtype and device."""
     check_tensors(op, x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, **({} if bias is None else {"bias": bias}))

@@ -40,6 +40,7 @@ def check_pool_a(op: str, x: Tensor, pools_a: list[Tensor], rank_packed: bool) -
             raise LoraValueError(message(f"{op}: pool_a does not fit x", got, f"[L, R, {K}], one L and R >= 1 for all slices, K >= 1"))
     if rank_packed and pools_a[0].shape[1] % S:
         raise LoraValueError(message(f"{op}: rank-packed pool_a does not divide into slices", _shape(pools_a[0]), f"[L, {S} R, K]"))
+    check_dtype(op, x=x)
     _check_dtypes(op, x, pool_a=pools_a)
 
 
@@ -65,10 +66,14 @@ def check_base(op: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | 
         check_devices(op, x=x, weight=w, bias=bias)
 
 
+def check_dtype(op: str, **tensor: Tensor) -> None:
+    """x or y is of a type that can be computed with."""
+    ((name, t),) = tensor.items()
+    if t.dtype not in DTYPES:
+        raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
+
+
 def _check_dtypes(op: str, x: Tensor, **pools: list[Tensor]) -> None:
-    if x.dtype not in DTYPES:
-        first = "y" if op == "lora_expand" else "x"
-        raise LoraTypeError(message(f"{op}: {first} has an unsupported dtype", x.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
     for name, tensors in pools.items():
         for t in tensors:
             if t.dtype != tensors[0].dtype or t.dtype not in (x.dtype, torch.float32):

@@ -260,8 +260,7 @@ def lora_batched_linear(
     except (AttributeError, TypeError):
         _checks_batched.check_lists(op, x=x, weight=weight, pool_a=pool_a, pool_b=pool_b)
         _checks_batched.check_bias(op, bias)
-        _checks.check_backend(op, backend)
-        _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
+        _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
         raise
     S, stacked = len(pools_a), isinstance(weight, Tensor)
     if run is not None:
@@ -275,8 +274,7 @@ def lora_batched_linear(
     _checks_batched.check_pool_b(op, x, pools_b, S, L, R)
     weights, biases = _split_base(op, weight, bias, [b.shape[1] for b in pools_b])
     _checks_batched.check_base(op, x, weights, biases, pools_b)
-    _checks.check_backend(op, backend)
-    _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
+    _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
 
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     meta = resolve_meta(op, token_lora_mapping, flat.shape[0], L, x, batch_invariant)

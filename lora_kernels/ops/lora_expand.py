@@ -91,8 +91,7 @@ def lora_expand(
     except (AttributeError, IndexError, TypeError):
         _checks_batched.check_lists(op, y=y, pool_b=pool_b)
         _checks.check_tensors(op, h=h)
-        _checks.check_backend(op, backend)
-        _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant)
+        _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant)
         if all(p.dim() > 1 for p in as_list(pool_b)):
             raise
         raise LoraValueError(message(f"{op}: pool_b has too few dimensions", [list(p.shape) for p in as_list(pool_b)], "[L, N, R]")) from None
@@ -105,9 +104,9 @@ def lora_expand(
     if h.dim() != 3 or h.shape[0] != S or y.shape[-1] != N or h.shape[1] * N != y.numel():
         got = f"h {list(h.shape)}, y {list(y.shape)}"
         raise LoraValueError(message(f"{op}: h and y do not fit pool_b", got, f"h [{S}, M, R], y [..., {N}] with M rows"))
+    _checks_batched.check_dtype(op, y=y)
     _checks_batched.check_pool_b(op, y, pools_b, S, pools_b[0].shape[0], h.shape[2])
-    _checks.check_backend(op, backend)
-    _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant)
+    _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant)
     _checks.check_devices(op, y=y, h=h)
     if h.dtype not in (y.dtype, torch.float32):
         raise LoraValueError(message(f"{op}: h has an unsupported dtype", h.dtype, f"{y.dtype} (as y) or torch.float32"))

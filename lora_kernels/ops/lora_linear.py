@@ -342,8 +342,7 @@ def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, trainin
     _checks.check_lora_linear(op, x, weight, bias, lora_a, lora_b)
     _checks.check_scaling(op, scaling)
     _checks.check_dropout(op, dropout_p)
-    _checks.check_backend(op, backend)
-    _checks.check_flags(op, training=training, strict=strict)
+    _checks.check_options(op, backend, training=training, strict=strict)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -74,8 +74,7 @@ def lora_shrink(
         run = _serving_path.find(key)
     except (AttributeError, TypeError):
         _checks_batched.check_lists(op, x=x, pool_a=pool_a)
-        _checks.check_backend(op, backend)
-        _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
+        _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
         raise
     if run is not None:
         h = run(x, pools_a, *given)
@@ -83,8 +82,7 @@ def lora_shrink(
     _checks_batched.check_lists(op, x=x, pool_a=pools_a)
     refuse_transforms(op, x, *pools_a)
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
-    _checks.check_backend(op, backend)
-    _checks.check_flags(op, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
+    _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
     refuse_grad(op, x, *pools_a)
     S, L = len(pools_a), pools_a[0].shape[0]
     flat = x.reshape(-1, x.shape[-1])

@@ -81,16 +81,15 @@ class Checkpoint:
             raise _bad("the file holds no tensors")
         unknown = [m for m in found if m not in targets]
         if unknown:
-            got = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             kinds = ", ".join(sorted({t.rsplit(".", 1)[-1] for t in targets}))
-            raise _bad("it adapts modules that the pool does not serve", got, f"linear layers named {kinds}", "name them in target_modules")
+            raise _bad(
+                "it adapts modules that the pool does not serve", _some(unknown, 3), f"linear layers named {kinds}", "name them in target_modules"
+            )
         if missing := missing_targets(self.config, found, targets):
-            got = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            raise _bad("modules that adapter_config.json names are missing from the file", got, fix="fetch or save the adapter again")
+            raise _bad("modules that adapter_config.json names are missing from the file", _some(missing), fix="fetch or save the adapter again")
         pairs = {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}
         if foreign := self.config.unselected(pairs):
-            got = f"{foreign[0]}" + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
-            raise _bad("it adapts modules that its adapter_config.json leaves out", got, fix="fetch or save the adapter again")
+            raise _bad("it adapts modules that its adapter_config.json leaves out", _some(foreign), fix="fetch or save the adapter again")
         return pairs
 
     def _pair(self, module: str, parts: dict[str, str], shape: Shape, max_rank: int) -> Pair:
@@ -136,6 +135,10 @@ def _folder(folder: str | os.PathLike) -> Path:
         fix = "convert it where you trust it: PeftModel.save_pretrained writes safetensors"
         raise LoraValueError(message("this adapter is a pickle file, which is never opened", "adapter_model.bin", WEIGHTS, fix))
     return path
+
+
+def _some(modules: list[str], most: int = 1) -> str:
+    return ", ".join(modules[:most]) + (f" and {len(modules) - most} more" if len(modules) > most else "")
 
 
 def _bad(what: str, got: object = None, allowed: object = None, fix: str | None = None) -> LoraValueError:

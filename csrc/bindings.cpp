@@ -20,7 +20,7 @@ lk::Problem problem(int form, int threads, double scaling, uint32_t threshold, c
                     const Operand& b) {
   return {x.rows(),
           w.size(0),
-          x.cols(),
+          w.size(1),
           x.type(),
           {a.in(), b.in(), a.type(), b.type(), a.size(0)},
           static_cast<float>(scaling),

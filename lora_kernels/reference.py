@@ -82,6 +82,11 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
 
 
+def shrink(x: Tensor, lora_a: Tensor, mask: Tensor, scaling: float, dropout_p: float) -> Tensor:
+    """h = s * drop(x) A^T."""
+    return _scaled_mm(_drop(x, mask, dropout_p) if dropout_p > 0 else x, lora_a.to(x.dtype).t(), scaling)
+
+
 def lora_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,12 +96,8 @@ def lora_linear_fwd(
     Returns y `[M, N]`, h `[M, R]` in x's dtype, and the keep mask int32 `[M, ceil(K / 32)]`, empty when dropout_p is 0.
     """
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    if dropout_p > 0:
-        mask = dropout_mask(seed, x.shape[0], x.shape[1], dropout_p)
-        h = _scaled_mm(_drop(x, mask, dropout_p), lora_a.t(), scaling)
-    else:
-        mask = x.new_empty(0, dtype=torch.int32)
-        h = _scaled_mm(x, lora_a.t(), scaling)
+    mask = dropout_mask(seed, *x.shape, dropout_p) if dropout_p > 0 else x.new_empty(0, dtype=torch.int32)
+    h = shrink(x, lora_a, mask, scaling, dropout_p)
     y = F.linear(x, weight, bias)
     y.addmm_(h, lora_b.t())
     return y, h, mask
@@ -118,11 +119,12 @@ def lora_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx = dy W + drop'(g A), dA = g^T drop(x), dB = dy^T h with g = s * dy B.
 
-    Shapes as in `lora_linear_fwd`; dy `[M, N]`. Returns dx `[M, K]` in x's dtype, dA `[R, K]` and dB `[N, R]` in the adapters'
-    dtypes; what is not needed comes back as an empty tensor.
+    Shapes as in `lora_linear_fwd`; dy `[M, N]`. x is read for dA only: where that is not needed, M rows of its dtype may
+    stand in its place, such as dy. Returns dx `[M, K]` in dy's dtype, dA `[R, K]` and dB `[N, R]` in the adapters' dtypes; what is not
+    needed comes back as an empty tensor.
     """
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
+    dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     g = _scaled_mm(dy, b, scaling) if need_dx or need_da else None
     if need_dx:
         dx = dy @ weight

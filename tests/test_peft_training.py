@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from peft_models import VOCAB, CallCount, adapted, adapter_state, assert_alike, batch, compare, config, loss, one_thread, output  # noqa: F401
+from torch.autograd import forward_ad as fwAD
 from torch.utils.checkpoint import checkpoint
 
-import lora_kernels as lk
 from lora_kernels import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -261,9 +260,18 @@ def test_copies_train_apart():
     assert not torch.allclose(output(twin, "mlp"), output(model, "mlp"))
 
 
-def test_second_derivatives_give_a_clear_error():
-    layer = next(m for m in adapted("mlp", True).modules() if isinstance(m, Linear))
-    x = torch.randn(3, 12, requires_grad=True)
-    (dx,) = torch.autograd.grad(F.silu(layer(x)).sum(), x, create_graph=True)
-    with pytest.raises(lk.LoraKernelsError, match="second derivatives"):
-        dx.sum().backward()
+def test_second_derivatives_and_forward_mode():
+    model, plain = adapted("mlp", True), adapted("mlp", False)
+    x, v = torch.randn(3, 12), torch.randn(3, 12)
+    for derivative in (torch.autograd.functional.hvp, torch.autograd.functional.jvp, forward_mode):
+        expected = derivative(lambda t: output_sum(plain, t), x, v)[1]
+        torch.testing.assert_close(derivative(lambda t: output_sum(model, t), x, v)[1], expected)
+
+
+def output_sum(model, x):
+    return model(x).square().sum()
+
+
+def forward_mode(f, x, v):
+    with fwAD.dual_level():
+        return fwAD.unpack_dual(f(fwAD.make_dual(x, v)))

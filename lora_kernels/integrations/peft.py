@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -71,7 +71,8 @@ def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> Patc
     for name, layer, reason in _lora_layers(model):
         if reason is None:
             swap.append(layer)
-            found = _layer_module().plain_operands(layer)
+            whole = _kind(type(layer)) is not type(layer)  # FSDP2 shows its shards here and gathers them before forward
+            found = None if whole else _layer_module().plain_operands(layer)
             reason = found if isinstance(found, str) else None
         if reason is None:
             report.patched.append(name)
@@ -97,11 +98,11 @@ def unpatch(model: nn.Module) -> int:
     """Give every patched layer its PEFT class back, in place. Returns how many there were."""
     _check_module("unpatch", model)
     fused = _layer_module().FusedLinear
-    layers = [module for module in model.modules() if type(module) is fused]
+    layers = [module for module in model.modules() if _kind(type(module)) is fused]
     for layer in layers:
         layer.__dict__.pop("_lora_kernels", None)
         layer.__dict__.pop(_layer_module()._SEEN, None)
-        layer.__class__ = fused.__base__
+        _set_kind(layer, fused.__base__)
     return len(layers)
 
 
@@ -137,10 +138,32 @@ def _create(target: nn.Module, adapter_name: str, *, strict: bool, backend: str,
 
 
 def _swap(layer: nn.Module, backend: str, strict: bool) -> None:
-    layer.__class__ = _layer_module().FusedLinear
+    _set_kind(layer, _layer_module().FusedLinear)
     layer.__dict__.pop("_lora_kernels", None)
     if (backend, strict) != ("auto", False):
         layer._lora_kernels = (backend, strict)
+
+
+def _kind(cls: type) -> type:
+    """The class below FSDP2's, which derives one from its own mix-in and the class of each module that it shards."""
+    bases = cls.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__name__ == "FSDPModule" else cls
+
+
+def _set_kind(layer: nn.Module, kind: type) -> None:
+    """Change the layer's class, and the forwards that accelerate's hooks have kept on the instance."""
+    old = type(layer)
+    layer.__class__ = kind if _kind(old) is old else _sharded(old, kind)
+    for name in ("forward", "_old_forward"):
+        kept = layer.__dict__.get(name)
+        if getattr(kept, "__func__", None) is old.forward and kept.__self__ is layer:
+            layer.__dict__[name] = MethodType(kind.forward, layer)
+
+
+@functools.cache
+def _sharded(cls: type, kind: type) -> type:
+    """FSDP2's class `cls` with `kind` in place of the module's."""
+    return type(cls)(f"FSDP{kind.__name__}", (cls.__bases__[0], kind), {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
@@ -151,7 +174,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if type(module) in (Linear, kinds.FusedLinear):
+        if _kind(type(module)) in (Linear, kinds.FusedLinear):
             yield name, module, kinds.never_plain(module)
         else:
             yield name, module, f"a {type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__}"

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _device
@@ -16,7 +17,7 @@ from .._checks import DTYPES
 from .._errors import BackendError, message, warn_once
 from ..native.signature import unobserved_signature
 from ..native.state import snapshot, unchanged
-from ..ops.lora_linear import any_autocast, lora_linear
+from ..ops.lora_linear import any_autocast, autocasts, lora_linear
 
 DISABLED = "adapters disabled"
 MERGED = "adapter merged into the base weight"
@@ -31,7 +32,7 @@ _MAX_INPUTS = 1024
 class FusedLinear(Linear):
     """`peft.tuners.lora.layer.Linear` whose plain case is one call of `lora_linear`; every other case is PEFT's own forward.
 
-    It adds no state and no submodule and overrides only `forward` (and keeps its name in repr), so keys, saving, merging, adapter
+    It adds no state and no submodule and computes nothing but `forward` itself (and keeps its name in repr), so keys, saving, merging, adapter
     switching, copying and pickling are PEFT's. What is plain is decided anew wherever anything of the layer or its parts has changed since
     the last call, so adapters may come, go, merge and change at any time.
     """
@@ -60,6 +61,20 @@ class FusedLinear(Linear):
     def _get_name(self) -> str:
         return Linear.__name__
 
+    # What takes a layer's tensors away: the verdict holds on to them.
+
+    def _apply(self, *args, **kwargs):
+        self.__dict__.pop(_SEEN, None)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.__dict__.pop(_SEEN, None)
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.__dict__.pop(_SEEN, None)
+        return super().delete_adapter(adapter_name)
+
 
 class Seen:
     """A layer's operands, what the verdict "plain" stands on, and the inputs that were found to fit: kept by the layer itself.
@@ -81,7 +96,7 @@ class Seen:
         """Whether the verdict on the layer and on this input is still good: all that `plain_operands` and `input_refused` look at."""
         if self.state is None or not unchanged(self.state, layer) or _has_any_global_hook() or torch.jit.is_tracing():
             return False
-        if self.operands.weight.requires_grad and torch.is_grad_enabled():
+        if _weight_trained(self.operands.weight, self.operands.dropout_p):
             return False
         return _input_key(x, self.operands) in self.inputs
 
@@ -173,9 +188,14 @@ def plain_operands(layer: Linear) -> str | Operands:
     for role, tensor in (("base_layer", weight), ("lora_A", lora_a), ("lora_B", lora_b)):
         if len(tensor.shape) != 2 or 0 in tensor.shape:  # freed or flattened by ZeRO-3 or FSDP1 until the module that owns it is called
             return f"{role}'s weight is not gathered, its shape is {list(tensor.shape)}"
-    if weight.requires_grad and torch.is_grad_enabled():
+    if _weight_trained(weight, dropout_p):
         return "base weight requires grad"
     return Operands(weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p)
+
+
+def _weight_trained(weight: Tensor, dropout_p: float) -> bool:
+    """Whether W needs a gradient; with dropout also where none is wanted now, as a checkpoint's two forwards must draw the same mask."""
+    return weight.requires_grad and (dropout_p > 0 or torch.is_grad_enabled())
 
 
 def _tensors(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -189,9 +209,15 @@ def never_plain(layer: Linear) -> str | None:
     """Why swapping this layer's class would be of no use, or None."""
     if layer.fan_in_fan_out or type(layer.base_layer) is not nn.Linear:
         return f"base_layer is a {type(layer.base_layer).__name__}, not nn.Linear"
-    if "forward" in layer.__dict__:  # by X-LoRA, accelerate's hooks or another patch; it would never reach the class's forward
+    if forward_replaced(layer):  # by X-LoRA, accelerate's hooks or another patch; it would never reach the class's forward
         return "its forward was replaced on the instance"
     return None
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's (which accelerate leaves there, bound, when its hooks go)."""
+    own = module.__dict__.get("forward")
+    return own is not None and (getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module)
 
 
 def _module_refused(role: str, module: nn.Module) -> str | None:
@@ -213,7 +239,7 @@ def _plain(t: object) -> bool:
 def _hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: the fused op reads its weights and would skip that."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__
+    return bool(own) or forward_replaced(module)
 
 
 def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:
@@ -223,6 +249,8 @@ def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:
         return f"x is a {type(x).__name__}, {getattr(x, 'layout', 'no tensor')}"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
     if not torch.compiler.is_compiling() and (_has_any_global_hook() or torch.jit.is_tracing()):
         return "global module hooks or torch.jit.trace"
     if x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
@@ -231,7 +259,7 @@ def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:
     if not device == weight.device == lora_a.device == lora_b.device:
         return "x, base layer and adapter on different devices"
     given, adapter = x.dtype, lora_a.dtype
-    autocast = torch.is_autocast_enabled(device.type) and given is not torch.float64
+    autocast = autocasts(device.type) and given is not torch.float64
     dtype = torch.get_autocast_dtype(device.type) if autocast else given
     if not autocast and (weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype)):
         return f"x {given} on a base layer of {weight.dtype}"

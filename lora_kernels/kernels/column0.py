@@ -116,7 +116,7 @@ def column0_kernel(
 class Column0:
     """Launches y = x W + bias + h B, h = scale * x A, for one call signature. W is given as [K, N], B as [R, N], R <= 64."""
 
-    def __init__(self, plan: Plan, x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, y: Tensor):
+    def __init__(self, plan: Plan, x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor):
         (M, K), N, R = x.shape, w.shape[1], b.shape[0]
         BM, BN, BK, BR = plan.block_m, plan.block_n, plan.block_k, block_rank(R, 64)
         transposed = w.stride(0) == 1

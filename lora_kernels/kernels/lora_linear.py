@@ -62,18 +62,17 @@ class Forward:
             self.no_mask = x.new_empty(0, dtype=torch.int32)
         cast_a = lora_a.dtype != x.dtype
         plan = fit(plan, problem, N % 8 == 0 and regular(x, weight), K % 8 == 0 if cast_a else regular(lora_a))
-        y = x.new_empty(M, N)
         self.column0 = self.shrink = self.update = None
         self.cast_a = cast_a and (plan.form == "column0" or R > _CAST_RANK)
         self.cast_b = R > _CAST_RANK and lora_b.dtype != x.dtype
         if plan.form == "column0":
-            self.column0 = Column0(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t(), y)
+            self.column0 = Column0(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t())
             if not trained and M * R * x.element_size() <= _KEPT_BYTES:  # one launch makes and uses h: none comes between on its stream
                 self.kept_h = PerStream(x.device, lambda _: self.new_h())
             return
         self.shrink = Shrink(x, _cast(lora_a, x, self.cast_a), dropout_p)
         if not self.torch_gemm:
-            self.update = Update(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t(), y)
+            self.update = Update(plan, x, weight.t(), bias, _cast(lora_b, x, self.cast_b).t())
 
     def __call__(self, stream: int, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed) -> tuple[Tensor, Tensor, Tensor]:
         h = self.kept_h.on(stream) if self.kept_h else self.new_h()
@@ -100,7 +99,7 @@ class Backward:
     """lora_linear_bwd for one call signature. dy and x are given as their rows; `lead` as in `Forward`, of dy, x and dx."""
 
     def __init__(self, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, need_dx, need_da, need_db, lead=None):
-        (M, K), (N, R) = x.shape, lora_b.shape
+        M, (N, K), R = x.shape[0], weight.shape, lora_b.shape[1]
         problem = Problem("dx", M, K, N, R, x.dtype, dropout_p > 0)
         plan = store.choose(problem, x.device)
         self.torch_gemm = plan.implementation == "torch" and dropout_p > 0
@@ -114,14 +113,14 @@ class Backward:
         self.cast_b = cast_b and (plan.form == "column0" or R > _CAST_RANK)
         a = _cast(lora_a, x, self.cast_a)
         if need_dx and plan.form == "column0":
-            self.column0 = Column0(plan, dy, weight, None, a, x)
+            self.column0 = Column0(plan, dy, weight, None, a)
         elif need_dx or need_da:
             self.shrink = Shrink(dy, _cast(lora_b, x, self.cast_b).t())
         if need_dx and self.column0 is None:
             # With cuBLAS as the GEMM, this launch has K = 0 and writes the masked rank product alone.
             inner = dy[:, :0] if self.torch_gemm else dy
             plan = Plan("torch", "pointer", *POINTER_TILE) if self.torch_gemm and plan.form != "pointer" else plan
-            self.update = Update(plan, inner, weight, None, a, x, dropout_p)
+            self.update = Update(plan, inner, weight, None, a, dropout_p)
         self.da = TallSkinny(x, R, transposed=True, dropout_p=dropout_p) if need_da else None
         self.db = TallSkinny(dy, R, transposed=False) if need_db else None
 

@@ -180,7 +180,7 @@ def update_tma_kernel(
 class Update:
     """Launches y = x W + bias + drop'(h B) for one call signature. W is given as [K, N] (weight.t() or weight), B as [R, N]."""
 
-    def __init__(self, plan: Plan, x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, y: Tensor, dropout_p: float = 0.0):
+    def __init__(self, plan: Plan, x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, dropout_p: float = 0.0):
         (M, K), N, R = x.shape, w.shape[1], b.shape[0]
         BM, BN, BK = plan.block_m, plan.block_n, plan.block_k
         BR = block_rank(R, 64 if plan.form == "tma" else 32)

@@ -22,7 +22,7 @@ except ImportError as error:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lk::Dtype
 _PANELS, _RANK_ONLY = plan.FORMS.index("panels"), plan.FORMS.index("torch")
 with torch.inference_mode(False):  # this module may be imported by a first call in inference mode; autograd would not save its tensors
-    _NO_MASK = torch.empty(0, dtype=torch.int32)
+    _NO_MASK = torch.empty(0, dtype=torch.int32, device="cpu")
 _threads = torch.get_num_threads
 
 
@@ -107,7 +107,7 @@ def _prepare_fwd(lead, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed
 
 def _prepare_bwd(lead, dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db):
     """`lora_linear_bwd` for every call of this signature; `lead` as in `_prepare_fwd`, of dy, x and dx."""
-    (M, K), (N, R) = x.shape, lora_b.shape
+    M, (N, K), R = x.shape[0], weight.shape, lora_b.shape[1]
     dtype, threshold = DTYPES[x.dtype], drop_threshold(dropout_p)
     unneeded = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
 

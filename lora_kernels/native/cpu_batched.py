@@ -15,7 +15,7 @@ except ImportError:  # native/cpu.py says why
 
 DTYPES = {getattr(torch, name): number for number, name in enumerate(plan.DTYPES)}  # lk::Dtype
 with torch.inference_mode(False):  # as in cpu.py
-    _NO_MASK = torch.empty(0, dtype=torch.int32)
+    _NO_MASK = torch.empty(0, dtype=torch.int32, device="cpu")
 _threads = torch.get_num_threads
 _PANELS, _RANK_ONLY = plan.FORMS.index("panels"), plan.FORMS.index("torch")
 

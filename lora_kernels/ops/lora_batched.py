@@ -15,7 +15,7 @@ from ..reference_batched import h_width
 from . import _serving_path
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks, check_scalings
-from .lora_linear import PLAIN, _autocasts, _run, any_autocast, dense, draw_seed, refuse_transforms
+from .lora_linear import PLAIN, _run, any_autocast, autocasts, dense, draw_seed, refuse_transforms
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -304,7 +304,7 @@ def lora_batched_linear(
 
 def _autocast(x, weight, bias):
     """Under torch.autocast, operands in its dtype, as F.linear takes them."""
-    if not _autocasts(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+    if not autocasts(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *as_list(weight), *(() if bias is None else as_list(bias)))]

@@ -7,10 +7,11 @@ import operator
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _checks
+from .. import _checks, reference
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from ..native.signature import unobserved_signature
 from . import _registry
@@ -30,7 +31,7 @@ torch.library.define(
 )
 
 
-def _autocasts(device_type: str) -> bool:
+def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
@@ -41,7 +42,7 @@ def _run(op: str, device_type: str, backend: str, strict: bool, args: tuple):
 
 def _outside_autocast(run: Callable, device_type: str, *args):
     """`run(*args)` with the device's autocast off: dtypes are settled by now, and it must not touch the inner products."""
-    if not _autocasts(device_type):
+    if not autocasts(device_type):
         return run(*args)
     torch.set_autocast_enabled(device_type, False)
     try:
@@ -71,7 +72,7 @@ def _fwd_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend
 @torch.library.register_fake(f"lora_kernels::{_BWD}")
 def _bwd_fake(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db, backend, strict):
     return (
-        x.new_empty(x.shape if need_dx else (0,)),
+        dy.new_empty((dy.shape[0], weight.shape[1]) if need_dx else (0,)),
         lora_a.new_empty(lora_a.shape if need_da else (0,)),
         lora_b.new_empty(lora_b.shape if need_db else (0,)),
     )
@@ -137,7 +138,7 @@ def keep(runs: dict, key: tuple, run: Callable, quiet: bool) -> Callable:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x (not copied), h [M, R] and the 1-bit keep mask."""
+    """Saves h [M, R], the 1-bit keep mask and, where A is trained, x (not copied)."""
 
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, bias, weight, call):
@@ -147,6 +148,8 @@ class _LoraLinear(torch.autograd.Function):
             y = y if x.dim() == 2 else _shaped(y, x.shape[:-1])
         else:
             y, h, mask = run(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        if not lora_a.requires_grad and type(x) in (Tensor, torch.nn.Parameter):  # dy stands for x then; a DTensor's may be placed otherwise
+            x = None
         ctx.save_for_backward(x, weight, lora_a, lora_b, h, mask)
         ctx.numbers = scaling, dropout_p, backend, strict  # no tensors: backward lets go of saved ones alone
         return y
@@ -154,8 +157,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
-        args = (dy, *ctx.saved_tensors, *ctx.numbers, need_dx, need_da, need_db)
-        dx, da, db = _OnceDifferentiable.apply(*args) if torch.is_grad_enabled() else _grads(*args)
+        grads = _differentiable_grads if torch.is_grad_enabled() else _grads
+        dx, da, db = grads(dy, *ctx.saved_tensors, *ctx.numbers, need_dx, need_da, need_db)
         dbias = _rows(dy).sum(0) if need_bias else None
         return dx if need_dx else None, da if need_da else None, db if need_db else None, dbias, None, None
 
@@ -187,13 +190,14 @@ def _shaped(t: Tensor, lead: Sequence[int]) -> Tensor:
 
 
 def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
+    x = dy if x is None else x  # not read: dy has its rows, dtype and device
     args = (weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
     compiling = _is_compiling()
     autocast = not compiling and any_autocast()
     shown = None if compiling else unobserved_signature(dy, x, weight, lora_a, lora_b, h, mask)
     if shown is None:
         dx, da, db = _bwd(_rows(dy), _rows(x), *args, backend, strict)
-        return dx.view(x.shape) if need_dx and x.dim() != 2 else dx, da, db
+        return dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx and dy.dim() != 2 else dx, da, db
     key = (shown, dropout_p, need_dx, need_da, need_db, backend, strict, autocast)
     run = _backward_runs.get(key)
     if run is None:
@@ -214,16 +218,29 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
 PLAIN = "compute this layer in plain PyTorch: F.linear(x, W, b) + s * F.linear(F.linear(x, A), B)"
 
 
+def _differentiable_grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
+    """The backward under create_graph=True, in plain PyTorch, so that its gradients can be differentiated again."""
+    rows = _rows(dy)
+    if x is not None:
+        h = reference.shrink(_rows(x), lora_a, mask, scaling, dropout_p) if need_db else h
+    elif need_db and need_dx:
+        h = _OnceDifferentiable.apply(h, lora_b)
+    given = rows if x is None else _rows(x)
+    dx, da, db = reference.lora_linear_bwd(rows, given, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
+    return dx.view(*dy.shape[:-1], weight.shape[1]) if need_dx else dx, da, db
+
+
 class _OnceDifferentiable(torch.autograd.Function):
-    """The backward under create_graph=True: gives the gradients, and a clear error to whoever differentiates them."""
+    """h where A is frozen and x was not saved: a clear error to whoever differentiates it."""
 
     @staticmethod
-    def forward(ctx, *args):  # None for what is not needed: its place may hold a tensor of all calls, which must not become this graph's
-        return tuple(grad if needed else None for grad, needed in zip(_grads(*args), args[-3:], strict=True))
+    def forward(ctx, h, lora_b):  # lora_b: a tensor that requires grad
+        return h.view_as(h)
 
     @staticmethod
-    def backward(ctx, *_):
-        raise LoraKernelsError(message("lora_linear: second derivatives are not implemented", allowed="one backward pass", fix=PLAIN))
+    def backward(ctx, dh):
+        fix = "lora_a.requires_grad_(True), or " + PLAIN
+        raise LoraKernelsError(message("lora_linear: no second derivatives of dB where lora_a is frozen, as x is not kept then", fix=fix))
 
 
 def draw_seed(seed: int | Tensor | None, device: torch.device, op: str = "lora_linear") -> Tensor:
@@ -322,6 +339,8 @@ def lora_linear(
             message("lora_linear: weight requires grad, but only the adapter is trained", fix="weight.requires_grad_(False), or use F.linear")
         )
     dropout_p = float(dropout_p) if training else 0.0
+    if trained and compiling and torch.compiler.is_exporting():  # an exported program has ops, but no autograd.Function around them
+        return _plain(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
     seed = draw_seed(seed, x.device) if dropout_p > 0 else None
     if key is None:
         if seed is not None and hasattr(x, "device_mesh"):
@@ -338,6 +357,11 @@ def lora_linear(
     return apply(x, lora_a, lora_b, bias, weight, (scaling, dropout_p, seed, backend, strict, run))
 
 
+def _plain(x, weight, bias, lora_a, lora_b, scaling, dropout_p) -> Tensor:
+    dropped = F.dropout(x, dropout_p)
+    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
+
+
 def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict) -> None:
     _checks.check_lora_linear(op, x, weight, bias, lora_a, lora_b)
     _checks.check_scaling(op, scaling)
@@ -348,7 +372,7 @@ def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, trainin
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under torch.autocast, operands in its dtype, as F.linear takes them."""
     device = x.device.type
-    if not _autocasts(device) or not x.is_floating_point() or x.dtype is torch.float64:
+    if not autocasts(device) or not x.is_floating_point() or x.dtype is torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
     x = x if x.dtype is dtype else x.to(dtype)

@@ -127,7 +127,7 @@ class Batch:
         if not rows:
             raise LoraValueError(message("a batch needs one name or None per row", "no rows"))
         adapters = self._pool._slots.acquire(rows)
-        return adapters, torch.tensor([-1 if a is None else a.slot for a in adapters], dtype=torch.int32)
+        return adapters, torch.tensor([-1 if a is None else a.slot for a in adapters], dtype=torch.int32, device="cpu")
 
     @staticmethod
     def _check_loaded(rows: Tensor, adapters: Sequence[Adapter]) -> None:

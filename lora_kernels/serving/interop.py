@@ -169,7 +169,7 @@ def pool_of_pointers(
         got = f"rows {rows!r}, columns {columns!r}, dtype {dtype!r}, layer {layer!r}"
         raise LoraTypeError(message("pool_of_pointers: no shape and dtype", got, "ints and a torch.dtype"))
     addresses = pointers.tolist()
-    size = torch.empty((), dtype=dtype).element_size()
+    size = dtype.itemsize
     first, matrix = min(addresses), rows * columns * size
     if first <= 0:
         raise LoraValueError(message("pool_of_pointers: a pointer to nothing", first, "addresses of matrices"))

@@ -20,6 +20,6 @@ def ids_of_sequences(slots: Sequence[int | None], lengths: Sequence[int] | int, 
         raise LoraValueError(message("ids_of_sequences: lengths do not fit", lengths, allowed))
     if wrong := [s for s in slots if s is not None and not isinstance(s, int)]:
         raise LoraTypeError(message("ids_of_sequences: a slot is no id", repr(wrong[0])[:80], "ints, as from AdapterPool.slot, or None"))
-    values = torch.tensor([-1 if s is None else s for s in slots], dtype=torch.int32)
-    ids = values.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    values = torch.tensor([-1 if s is None else s for s in slots], dtype=torch.int32, device="cpu")
+    ids = values.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
     return ids if device is None else ids.to(device, non_blocking=True)

@@ -245,8 +245,8 @@ class AdapterPool:
                     size += _copy(staging, checkpoint, checkpoint.pairs.get(target.name), target, slot)
                 pairs = [(checkpoint.pairs.get(t.name), t) for t in shard.targets]
                 scalings = [p.scaling / _folded(p, t) if p else 0.0 for p, t in pairs]
-                shard.ranks[:, slot].copy_(torch.tensor([p.rank if p else 0 for p, _ in pairs], dtype=torch.int32))
-                shard.scalings[:, slot].copy_(torch.tensor(scalings, dtype=torch.float32))
+                shard.ranks[:, slot].copy_(torch.tensor([p.rank if p else 0 for p, _ in pairs], dtype=torch.int32, device="cpu"))
+                shard.scalings[:, slot].copy_(torch.tensor(scalings, dtype=torch.float32, device="cpu"))
         modules = frozenset(self._targets[m].index for m in checkpoint.pairs)
         return Adapter(name, slot, modules, checkpoint.config.lora_bias, max(p.rank for p in checkpoint.pairs.values()), size)
 

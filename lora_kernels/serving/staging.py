@@ -14,12 +14,12 @@ class _Buffers:
 
     def __init__(self, pinned: bool) -> None:
         self.pinned = pinned
-        self.raw = self.cast = torch.empty(0, dtype=torch.uint8)
+        self.raw = self.cast = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.sent: torch.cuda.Event | None = None
 
     def grown(self, which: str, size: int) -> Tensor:
         if getattr(self, which).numel() < size:
-            setattr(self, which, torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
+            setattr(self, which, torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned))
         return getattr(self, which)
 
 

@@ -138,8 +138,8 @@ def problem_of(op: str, args: tuple) -> tuple[Problem, torch.device]:
         x, weight, _, lora_a, _, _, dropout_p, _ = args
         (M, K), N = x.shape, weight.shape[0]
         return Problem("fwd", M, N, K, lora_a.shape[0], x.dtype, dropout_p > 0), x.device
-    dy, x, _, lora_a = args[:4]
-    (M, K), N = x.shape, dy.shape[1]
+    dy, x, weight, lora_a = args[:4]
+    M, (N, K) = dy.shape[0], weight.shape
     return Problem("dx", M, K, N, lora_a.shape[0], x.dtype, args[8] > 0), x.device
 
 

@@ -41,7 +41,7 @@ for step, described, pointers, floats, parameters in (
     t = dict(x=empty(M, K), w=empty(N, K), a=empty(R, K), y=empty(M, N), bias=empty(N), h=empty(M, R), b=empty(N, R), none=None)
     t["sync"] = _launch.workspace(t["x"].device, 0, 9)
     plan = lora_linear.Plan("triton", "column0", 128, 128, 64, 8, 3)
-    made = lora_linear.Column0(plan, t["x"], t["w"].t(), t["bias"], t["b"].t(), t["y"]) if step == "column0" else lora_linear.Shrink(t["x"], t["a"])
+    made = lora_linear.Column0(plan, t["x"], t["w"].t(), t["bias"], t["b"].t()) if step == "column0" else lora_linear.Shrink(t["x"], t["a"])
     args = ([t[n] for n in described.split()], [t[n] for n in pointers.split()], floats)
     cuda.keep(0)
     made.launch._first(*args)

@@ -40,15 +40,20 @@ def kernel_names() -> list[str]:
 
 def sanitizer_steps(python: str, tests: list[str]) -> list[Step]:
     places = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
-    tool_path = next(filter(None, map(shutil.which, places)), None)
-    if tool_path is None:  # a gap in the results, to be seen in them
+    tool = next(filter(None, map(shutil.which, places)), None)
+    if tool is None:  # a gap in the results, to be seen in them
         return [Step("sanitizers", [python, "-c", f"raise SystemExit('none of {', '.join(places)} is here')"], 140, beside=True)]
     only = [word for name in kernel_names() for word in ("--kernel-name", f"kns={name}")]
-    options = ["--target-processes", "application-only", "--error-exitcode", "86", "--num-cuda-barriers", "64", *only]
-    tools = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "synccheck": []}  # calls that PyTorch tries and does without are no errors
+    # By default a tool gives up on a process whose first CUDA call comes after 10 s, and 16 processes import torch at once here.
+    options = ["--target-processes", "application-only", "--launch-timeout", "120", "--error-exitcode", "86", "--num-cuda-barriers", "64", *only]
+    tools = {
+        "memcheck": ["--report-api-errors", "no"],  # calls that PyTorch tries and does without are no errors
+        "racecheck": ["--racecheck-num-workers", "2"],  # by default as many threads as there are cores
+        "synccheck": [],
+    }
     return [
-        Step(tool, [tool_path, "--tool", tool, *own, *options, *tests, "-k", SANITIZED, "tests/gpu"], 140, none_is_fine=True, beside=True)
-        for tool, own in tools.items()
+        Step(name, [tool, "--tool", name, "--port", port, *own, *options, *tests, "-k", SANITIZED, "tests/gpu"], 140, none_is_fine=True, beside=True)
+        for port, (name, own) in zip(("49152", "49252", "49352"), tools.items(), strict=True)
     ]
 
 

@@ -98,18 +98,20 @@ def time_interleaved(fns: dict[str, Callable[[], object]], rounds: int = 20, war
 def time_cuda_cold(fns: dict[str, Callable[[], object]], rounds: int = 50, warmup: int = 5) -> dict[str, list[float]]:
     """Seconds of GPU time per call of every function, interleaved, each call with a cold L2.
 
-    Before each call a buffer of four times the L2 cache is overwritten. That also keeps the GPU busy while the host enqueues the
-    call, so the event pair does not time an idle stream; for a call of many small launches capture it in a CUDA graph first.
+    Before each call a buffer of four times the L2 cache is read (written lines would still be on their way to memory during the call).
+    That also keeps the GPU busy while the host enqueues the call, so the event pair does not time an idle stream; for a call of many
+    small launches capture it in a CUDA graph first.
     """
     device = torch.cuda.current_device()
-    flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    flush = torch.zeros(torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.float32, device=device)
+    total = torch.zeros((), device=device)
     names = list(fns)
     events: dict[str, list[tuple]] = {name: [] for name in names}
     for turn in range(-warmup, rounds):
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
+            torch.sum(flush, 0, out=total)
             start.record()
             fns[name]()
             end.record()

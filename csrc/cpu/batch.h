@@ -94,14 +94,21 @@ class Matrices {
   Scratch copy_;
 };
 
+// The widest rank in this batch, which may be far below the pool's: the cast copies lie close together.
+inline int64_t widest(const Batched& b, const Order& order) {
+  int64_t R = 0;
+  for (const int32_t l : order.adapters) R = std::max(R, rank_of(b, l));
+  return R;
+}
+
 inline Matrices a_of(const Batched& b, const Kernels& k, const Order& order) {
   return Matrices(
-      k, b.type, b.a_type, b.pool_a, b.a_stride, b.lda, b.R, b.K, order, b.L, b.threads, [&](int64_t l) { return b.packed_slice * rank_of(b, l); },
-      [&](int64_t l) { return Size{rank_of(b, l), b.K}; });
+      k, b.type, b.a_type, b.pool_a, b.a_stride, b.lda, widest(b, order), b.K, order, b.L, b.threads,
+      [&](int64_t l) { return b.packed_slice * rank_of(b, l); }, [&](int64_t l) { return Size{rank_of(b, l), b.K}; });
 }
 inline Matrices b_of(const Batched& b, const Kernels& k, const Order& order) {
   return Matrices(
-      k, b.type, b.b_type, b.pool_b, b.b_stride, b.ldb, b.N, b.R, order, b.L, b.threads, [](int64_t) { return 0; },
+      k, b.type, b.b_type, b.pool_b, b.b_stride, b.ldb, b.N, widest(b, order), order, b.L, b.threads, [](int64_t) { return 0; },
       [&](int64_t l) { return Size{b.N, rank_of(b, l)}; });
 }
 

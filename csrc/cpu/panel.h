@@ -85,7 +85,9 @@ void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, i
     if (!R || s.rows[s.count - 1] < m0 || s.rows[0] >= m1) continue;
     if (i + 1 < a.segment_count) {  // the next adapter's rows of this panel come while this one is worked on
       const char* next = static_cast<const char*>(a.segments[i + 1].adapter.b) + n * row_bytes;
-      for (int64_t j = 0; j < cols * row_bytes; j += 64) prefetch(next + j);
+      const int64_t used = a.segments[i + 1].adapter.R * static_cast<int64_t>(sizeof(T)), rows_of_a_line = row_bytes < 64 ? 64 / row_bytes : 1;
+      for (int64_t j = 0; j < cols; j += rows_of_a_line)
+        for (int64_t at = 0; at < used; at += 64) prefetch(next + j * row_bytes + at);
     }
     pack_nt<T>(static_cast<const T*>(s.adapter.b) + n * a.b.ld, a.b.ld, cols, 0, ceil_div(R, PanelStep<T>::PAIR), R, pb,
                ceil_div(R, PanelStep<T>::PAIR));

@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <exception>
 #include <initializer_list>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -43,11 +44,19 @@ struct Job {
   void* context;
   int shares;
   std::atomic<int> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure{};  // the first one's, of memory that could not be had
 };
 
 void work(void* p) {  // a thread takes shares until none is left, so any number of threads does
   Job& job = *static_cast<Job*>(p);
-  for (int share = job.next++; share < job.shares; share = job.next++) job.body(job.context, share);
+  for (int share = job.next++; share < job.shares; share = job.next++) {
+    try {
+      job.body(job.context, share);
+    } catch (...) {  // past the pool's join the other threads would work on what has been unwound
+      if (!job.failed.exchange(true)) job.failure = std::current_exception();
+    }
+  }
 }
 
 }  // namespace
@@ -57,9 +66,10 @@ bool has_thread_pool() { return pool() != nullptr; }
 void run_shares(int shares, void (*body)(void*, int), void* context) {
   Job job{body, context, shares};
   if (shares > 1 && pool() && !forked)
-    pool()(work, &job, static_cast<unsigned>(shares), 0);
+    pool()(work, &job, 0, 0);  // all threads, as torch does: libgomp ends those that a smaller team does without, and the next team makes them anew
   else
     work(&job);
+  if (job.failure) std::rethrow_exception(job.failure);
 }
 
 }  // namespace lk

@@ -8,8 +8,9 @@
 
 namespace lk {
 
-// Runs body(context, share) for every share 0..shares-1, each once, on at most `shares` threads. Serial in a forked child (whose pool is gone),
-// inside another parallel region (the pool gives one thread) and without OpenMP; the shares are the same in every case.
+// Runs body(context, share) for every share 0..shares-1, each once, on the pool's threads, and then throws what the first of them threw. Serial
+// in a forked child (whose pool is gone), inside another parallel region (the pool gives one thread) and without OpenMP; the shares are the same in
+// every case.
 void run_shares(int shares, void (*body)(void*, int), void* context);
 
 template <class F>

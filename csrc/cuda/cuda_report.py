@@ -36,6 +36,7 @@ class Kernel:
     spill_loads: int = 0
     highest_register: int = 0
     highest_producer_register: int = 0
+    membar_gpu: int = 0
     membar_gpu_between_hgmma: int = 0
     warnings: list[str] = field(default_factory=list)
     sass: collections.Counter = field(default_factory=collections.Counter)
@@ -94,6 +95,7 @@ def read_sass(text: str, kernels: dict[str, Kernel]) -> None:
                 current.sass[opcode] += 1
             if opcode == "MEMBAR" and ".GPU" in suffix:
                 since_hgmma += 1
+                current.membar_gpu += 1
             if opcode in ("BRA", "WARPSYNC", "BAR"):  # the straight line from one wgmma to the next has ended
                 seen, since_hgmma = False, 0
             if opcode == "HGMMA":

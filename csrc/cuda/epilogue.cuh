@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* y, const T* bias, 
       }
       store_columns<T>(panel, thread, j, acc + 32 * p + 8 * j, lo, hi);
     }
-    ptx::fence_async();
+    ptx::fence_async_shared();
     ptx::sync_warpgroup(warpgroup);
     if (thread == 0) {
       ptx::tma_store(y, panel, col + 64 * p, row);

@@ -112,15 +112,20 @@ struct Linear {
       if (!own_h) {
         if (kColumn0) wait_for_h(m);
         ptx::tma_load(at, &maps.h, bar, r, m * BM);
+        if (kColumn0) took_h(m);
       }
     }
   }
 
   __device__ __forceinline__ void wait_for_h(int m) {
-    int *ready = a.sync + 1 + m, *taken = ready + a.raster.rows * a.cluster;
+    const int* ready = a.sync + 1 + m;
     for (const auto start = ptx::nanoseconds(); ptx::load_acquire(ready) < 2; __nanosleep(64))
       if (ptx::nanoseconds() - start > ptx::kTrapAfterNanoseconds) __trap();
     ptx::fence_async();
+  }
+  // After the load has been started: the counter's round trip would hold it up.
+  __device__ __forceinline__ void took_h(int m) {
+    int *ready = a.sync + 1 + m, *taken = ready + a.raster.rows * a.cluster;
     if (last_taker(ptx::fetch_add(taken, 1), a.raster.cols)) *ready = *taken = 0;
   }
 

@@ -90,7 +90,9 @@ __device__ __forceinline__ void tma_wait_read() {
 }
 __device__ __forceinline__ void tma_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Orders this thread's earlier generic accesses before later accesses by the async proxy (TMA, wgmma operands), shared and global memory.
+// Orders this thread's earlier generic accesses before later accesses by the async proxy (TMA, wgmma operands). For global memory too it is a
+// MEMBAR.ALL.GPU in SASS, which waits for every store of the thread: only where the async proxy reads what was stored there.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ struct Shrink {
       const int word = block * 2 + chunk / 4;
       if (chunk % 4 == 0 && m < a.M && word < words) a.mask[int64_t(m) * words + word] = bits;
     }
-    ptx::fence_async();
+    ptx::fence_async_shared();
     ptx::sync_warpgroup(w + 1);
   }
 

@@ -172,7 +172,12 @@ def guarded(device: torch.device, run: Callable) -> Callable:
 
 def precision(dtype: torch.dtype) -> str:
     """tl.dot's precision: for fp32 inputs as torch's TF32 setting says."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype != torch.float32 or tf32_allowed() else "ieee"
+
+
+def tf32_allowed() -> bool:
+    """torch's setting. `allow_tf32` raises in torch 2.11 once anything has used `fp32_precision`, as transformers does; that one reads both."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def regular(*tensors: Tensor) -> bool:

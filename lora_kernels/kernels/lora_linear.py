@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _device, reference
 from ..tuning import store
 from ..tuning.plan import POINTER_TILE, Plan, Problem, fit
-from ._launch import PerStream, guarded, maker, on_device, regular
+from ._launch import PerStream, guarded, maker, on_device, regular, tf32_allowed
 from .column0 import Column0
 from .shrink import Shrink
 from .tall_skinny import TallSkinny
@@ -173,7 +173,7 @@ def lora_linear_bwd(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, 
 
 
 def _tf32(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return x.dtype == torch.float32 and tf32_allowed()
 
 
 def _prepare_fwd(lead, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, trained):

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from oracle import Case, assert_close
-from place import DEVICE, EMULATED, all_equal, hardware, repeats
+from place import DEVICE, all_equal, hardware, repeats
 
 pytest.importorskip("triton")
 
@@ -103,11 +103,11 @@ def test_fp32_follows_the_tf32_setting(tf32) -> None:
         got = run(c)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    if not (tf32 and EMULATED):  # eager PyTorch on a CPU does not round to TF32
+    if not tf32:  # cuBLAS rounds to TF32 in its own way, and a CPU's eager PyTorch not at all
         assert_close(got, c)
     exact = Case.random(130, 96, 200, 16, torch.float64, device=DEVICE, dropout_p=0.1)
     error = (got["y"] - run_reference(exact)).norm() / got["y"].norm()
-    assert (error > 1e-5) == tf32
+    assert 1e-5 < error < 2e-3 if tf32 else error < 1e-5
 
 
 def run_reference(c: Case) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The CPU engine's threads: units are dealt each once, memory that runs out among them does no harm, and none ends to come anew (csrc/cpu/threads.h)."""
+"""The CPU engine's threads (csrc/cpu/threads.h): units are dealt each once, memory that runs out does no harm, none ends to come anew."""
 
 import shutil
 import subprocess

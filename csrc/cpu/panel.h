@@ -55,27 +55,52 @@ constexpr int MAX_ROWS = MICRO_ROWS[1] > MICRO_ROWS[NV] ? MICRO_ROWS[1] : MICRO_
 constexpr int64_t MOST_ROWS = 2040;
 LK_INLINE int64_t even_up(int64_t a) { return (a + 1) / 2 * 2; }
 
-// c [NP] += h B for one row and a panel of packed B: the whole panel at once, so that enough sums are in flight.
-template <class T>
-void add_rank_row(const typename PanelStep<T>::X* h, const float* packed, int64_t R, float* c) {
+// Rows of an adapter that are worked on together: as many as the registers have sums of a whole panel for.
+constexpr int RANK_ROWS = MICRO_ROWS[NV] * NV >= 2 * NP / L ? MICRO_ROWS[NV] * NV * L / NP : 1;
+
+// c[i] [NP] += h[i] B for MR rows, wherever they lie, and a panel of packed B. A row's sums do not depend on the rows beside it.
+template <class T, int MR>
+void add_rank(const typename PanelStep<T>::X* const* h, const float* packed, int64_t R, float* const* c) {
   using P = PanelStep<T>;
   const int64_t steps = R / P::PAIR, depth = ceil_div(R, P::PAIR);
   for (int64_t r0 = 0; r0 < depth; r0 += CHAIN<T>) {
-    V acc[NP / L];
+    V acc[MR][NP / L];
 #pragma GCC unroll 16
-    for (int v = 0; v < NP / L; v++) acc[v] = zero();
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+      for (int v = 0; v < NP / L; v++) acc[i][v] = zero();
     for (int64_t r = r0; r < min(r0 + CHAIN<T>, steps); r++)
 #pragma GCC unroll 16
-      for (int v = 0; v < NP / L; v++) acc[v] = P::step(acc[v], load(packed + (v / NV * depth + r) * SW + v % NV * L), h + r * P::PAIR);
+      for (int v = 0; v < NP / L; v++) {
+        const V w = load(packed + (v / NV * depth + r) * SW + v % NV * L);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) acc[i][v] = P::step(acc[i][v], w, h[i] + r * P::PAIR);
+      }
     if (depth > steps && r0 + CHAIN<T> >= depth)
 #pragma GCC unroll 16
-      for (int v = 0; v < NP / L; v++) acc[v] = P::half_step(acc[v], load(packed + (v / NV * depth + steps) * SW + v % NV * L), h + steps * P::PAIR);
+      for (int v = 0; v < NP / L; v++) {
+        const V w = load(packed + (v / NV * depth + steps) * SW + v % NV * L);
 #pragma GCC unroll 16
-    for (int v = 0; v < NP / L; v++) store(c + v * L, add(load(c + v * L), acc[v]));
+        for (int i = 0; i < MR; i++) acc[i][v] = P::half_step(acc[i][v], w, h[i] + steps * P::PAIR);
+      }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+      for (int v = 0; v < NP / L; v++) store(c[i] + v * L, add(load(c[i] + v * L), acc[i][v]));
   }
 }
 
-// The rank terms of many adapters, onto the finished base in C: each row alone, so that its bits do not depend on its neighbours.
+template <class T, int MR>
+LK_INLINE void add_rank_of(int rows, const typename PanelStep<T>::X* const* h, const float* packed, int64_t R, float* const* c) {
+  if constexpr (MR > 0) {
+    if (rows == MR)
+      add_rank<T, MR>(h, packed, R, c);
+    else
+      add_rank_of<T, MR - 1>(rows, h, packed, R, c);
+  }
+}
+
+// The rank terms of many adapters, onto the finished base in C.
 template <class T>
 void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, float* pb, float* hs, float* C) {
   const int64_t row_bytes = a.b.ld * static_cast<int64_t>(sizeof(T));
@@ -91,10 +116,16 @@ void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, i
     }
     pack_nt<T>(static_cast<const T*>(s.adapter.b) + n * a.b.ld, a.b.ld, cols, 0, ceil_div(R, PanelStep<T>::PAIR), R, pb,
                ceil_div(R, PanelStep<T>::PAIR));
+    const typename PanelStep<T>::X* h[RANK_ROWS];
+    float* c[RANK_ROWS];
+    int rows = 0;
     for (int64_t j = 0; j < s.count; j++) {
       const int64_t m = s.rows[j];
-      if (m < m0 || m >= m1) continue;
-      add_rank_row<T>(Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, 1, R, hs, 0), pb, R, C + (m - m0) * NP);
+      if (m >= m0 && m < m1) {
+        h[rows] = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, 1, R, hs + rows * (R + L), 0);
+        c[rows++] = C + (m - m0) * NP;
+      }
+      if (rows == RANK_ROWS || j == s.count - 1) add_rank_of<T, RANK_ROWS>(rows, h, pb, R, c), rows = 0;
     }
   }
 }

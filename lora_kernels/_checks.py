@@ -84,9 +84,15 @@ def check_lora_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, l
     check_devices(op, x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
 
 
+def check_dtype(op: str, **tensor: Tensor) -> None:
+    """x or y is of a type that can be computed with."""
+    ((name, t),) = tensor.items()
+    if t.dtype not in DTYPES:
+        raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
+
+
 def check_dtypes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise LoraTypeError(message(f"{op}: x has an unsupported dtype", x.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
+    check_dtype(op, x=x)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise LoraTypeError(message(f"{op}: x, weight and bias differ in dtype", got, "one dtype", "cast x, or run under torch.autocast"))

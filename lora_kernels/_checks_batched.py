@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, _shape, check_devices, check_tensors
+from ._checks import _shape, check_devices, check_dtype, check_tensors
 from ._errors import LoraTypeError, LoraValueError, message
 
 
@@ -64,13 +64,6 @@ def check_base(op: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | 
             got = f"x {x.dtype}, weight {w.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
             raise LoraTypeError(message(f"{op}: x, weight and bias differ in dtype", got, "one dtype", "cast x, or run under torch.autocast"))
         check_devices(op, x=x, weight=w, bias=bias)
-
-
-def check_dtype(op: str, **tensor: Tensor) -> None:
-    """x or y is of a type that can be computed with."""
-    ((name, t),) = tensor.items()
-    if t.dtype not in DTYPES:
-        raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
 
 
 def _check_dtypes(op: str, x: Tensor, **pools: list[Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_kernels as lk
 from lora_kernels import LoraTypeError, LoraValueError
 from lora_kernels.native import signature as native
-from lora_kernels.ops import _registry, _serving_path
+from lora_kernels.ops import _call, _registry, _serving_path
 from lora_kernels.ops import lora_linear as op
 
 READERS = {"python": native._from_attributes, "native": native.signature}
@@ -177,7 +177,7 @@ def test_autocast_is_on_again_after_a_failure() -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(RuntimeError, match="no"):
-            op._outside_autocast(fails, "cpu")
+            _call.outside_autocast(fails, "cpu")
         assert torch.is_autocast_enabled("cpu")
 
 

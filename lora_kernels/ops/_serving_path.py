@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import _checks_batched
 from ..native.signature import unobserved_signature
 from . import _registry
+from ._call import any_autocast, dense, keep, outside_autocast
 from .batch_meta import BatchMeta, check_ids, check_ranks, check_scalings
-from .lora_linear import _outside_autocast, any_autocast, dense, keep
 
 _OP = "lora_batched_fwd"
 _runs: dict[tuple, Callable] = {}
@@ -57,7 +57,7 @@ def linear_key(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings, *opt
 
 
 def _keep(key: tuple, device_type: str, run: Callable, quiet: bool) -> None:
-    keep(_runs, key, functools.partial(_outside_autocast, run, device_type) if any_autocast() else run, quiet)
+    keep(_runs, key, functools.partial(outside_autocast, run, device_type) if any_autocast() else run, quiet)
 
 
 def _unlikely(mapping, first: Tensor) -> bool:

@@ -13,9 +13,9 @@ from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import has_values
 from ..reference_batched import h_width
 from . import _serving_path
+from ._call import PLAIN, any_autocast, dense, draw_seed, in_autocast_dtype, refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks, check_scalings
-from .lora_linear import PLAIN, _run, any_autocast, autocasts, dense, draw_seed, refuse_transforms
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -37,13 +37,13 @@ torch.library.define(
 @torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
 def _fwd_impl(x, *rest):
     *args, backend, strict = rest
-    return _run(_FWD, x.device.type, backend, strict, (dense(x), *args))
+    return run_op(_FWD, x.device.type, backend, strict, (dense(x), *args))
 
 
 @torch.library.impl(f"lora_kernels::{_BWD}", "CompositeExplicitAutograd")
 def _bwd_impl(dy, x, *rest):
     *args, backend, strict = rest
-    return _run(_BWD, dy.device.type, backend, strict, (dense(dy), dense(x), *args))
+    return run_op(_BWD, dy.device.type, backend, strict, (dense(dy), dense(x), *args))
 
 
 @torch.library.register_fake(f"lora_kernels::{_FWD}")
@@ -253,7 +253,7 @@ def lora_batched_linear(
     try:
         pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
         if torch.compiler.is_compiling() or any_autocast():
-            x, weight, bias = _autocast(x, weight, bias)
+            x, weight, bias = in_autocast_dtype(x, weight, bias)
         given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
         key = None if dropout_p is not None else _serving_path.linear_key(*given, rank_packed, batch_invariant, backend, strict)
         run = _serving_path.find(key)
@@ -300,16 +300,6 @@ def lora_batched_linear(
             _serving_path.remember(key, *given, (flat, weights, biases, pools_a, pools_b, *call[:-2]), backend, strict)
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if stacked else y.split([w.shape[0] for w in weights], -1)
-
-
-def _autocast(x, weight, bias):
-    """Under torch.autocast, operands in its dtype, as F.linear takes them."""
-    if not autocasts(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *as_list(weight), *(() if bias is None else as_list(bias)))]
-    weights, biases = cast[1 : len(as_list(weight)) + 1], cast[len(as_list(weight)) + 1 :]
-    return cast[0], weights[0] if isinstance(weight, Tensor) else weights, biases[0] if isinstance(bias, Tensor) else biases or None
 
 
 def _split_base(op, weight, bias, widths) -> tuple[list[Tensor], list[Tensor | None]]:

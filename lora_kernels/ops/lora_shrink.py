@@ -10,10 +10,10 @@ from torch import Tensor
 from .. import _checks, _checks_batched
 from .._errors import LoraKernelsError, message
 from . import _serving_path
+from ._call import dense, refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks, check_scalings
 from .lora_batched import resolve_meta, squeeze_slab
-from .lora_linear import _run, dense, refuse_transforms
 
 torch.library.define(
     "lora_kernels::lora_shrink",
@@ -25,7 +25,7 @@ torch.library.define(
 @torch.library.impl("lora_kernels::lora_shrink", "CompositeExplicitAutograd")
 def _impl(x, *rest):
     *args, backend, strict = rest
-    return _run("lora_shrink", x.device.type, backend, strict, (dense(x), *args))
+    return run_op("lora_shrink", x.device.type, backend, strict, (dense(x), *args))
 
 
 @torch.library.register_fake("lora_kernels::lora_shrink")

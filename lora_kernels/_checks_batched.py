@@ -17,15 +17,19 @@ def check_lists(op: str, **tensors: object) -> None:
         raise LoraValueError(message(f"{op}: {first} has no dimension", _shape(t), "[..., features]"))
     for name, given in lists:
         given = [given] if isinstance(given, Tensor) else given
-        if not isinstance(given, (list, tuple)) or not given:
-            got = type(given).__name__ if given else repr(given)
+        listed = isinstance(given, (list, tuple))
+        if not listed or not given:
+            got = repr(given) if listed else type(given).__name__
             raise LoraTypeError(message(f"{op}: {name} is no tensor", got, "torch.Tensor, or a list or tuple of one per slice"))
         for t in given:
             check_tensors(op, **{name: t})
 
 
-def check_bias(op: str, bias: object) -> None:
-    """None, a tensor, or a list or tuple of either."""
+def check_bias(op: str, bias: object, stacked: bool) -> None:
+    """None, a tensor, or, where the weight is not one stacked tensor, a list or tuple of either."""
+    if stacked and isinstance(bias, (list, tuple)):
+        got = f"{type(bias).__name__} of {len(bias)}"
+        raise LoraTypeError(message(f"{op}: bias is a list, weight is not", got, "a tensor or None", "torch.cat(bias)"))
     for b in bias if isinstance(bias, (list, tuple)) else [bias]:
         if b is not None:
             check_tensors(op, bias=b)

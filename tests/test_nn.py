@@ -240,6 +240,8 @@ BAD = {
     "dropout 1": ({"lora_dropout": 1.0}, r"lora_dropout is no dropout probability; got 1.0; allowed: a number in \[0, 1\)"),
     "dropout below 0": ({"lora_dropout": -0.1}, "lora_dropout is no"),
     "NaN dropout": ({"lora_dropout": float("nan")}, "lora_dropout is no"),
+    "alpha past float32": ({"lora_alpha": 1e39}, "lora_alpha is not finite"),
+    "dropout as a flag": ({"lora_dropout": False}, "lora_dropout is no"),
     "backend": ({"backend": "cudnn"}, "unknown backend"),
 }
 
@@ -252,6 +254,14 @@ def test_bad_options_are_refused_and_leave_the_linear_layer_alone(case):
         with pytest.raises(lk.LoraValueError, match=text):
             make()
     assert linear.weight.requires_grad
+
+
+def test_flags_that_are_none():
+    for flag in ("use_rslora", "bias"):
+        with pytest.raises(lk.LoraTypeError, match=f"LoraLinear: {flag} is no flag; got 'no'"):
+            lk.LoraLinear(4, 4, **{flag: "no"})
+    with pytest.raises(lk.LoraTypeError, match="use_rslora is no flag"):
+        lk.LoraLinear.from_linear(nn.Linear(4, 4), use_rslora=1)
 
 
 def test_from_linear_takes_no_other_layer():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
+from .. import _checks
+from .._errors import LoraKernelsError, message
 from . import _registry
 
 MAX_SIGNATURES = 4096
@@ -21,20 +22,23 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def in_autocast_dtype(*operands):
-    """Under torch.autocast, operands (x first, then tensors, None or lists of these) in its dtype, as F.linear takes them."""
-    x = operands[0]
+def in_autocast_dtype(x, weight, bias):
+    """Under torch.autocast, operands in its dtype, as F.linear takes them; weight and bias also as lists."""
     device = x.device.type
-    if not autocasts(device) or not x.is_floating_point() or x.dtype is torch.float64:
-        return operands
+    if not autocasts(device):
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return [_to(t, dtype) for t in operands]
+    if x.dtype is not dtype:
+        if not x.is_floating_point() or x.dtype is torch.float64:
+            return x, weight, bias
+        x = x.to(dtype)
+    return x, _to(weight, dtype), _to(bias, dtype)
 
 
 def _to(t, dtype: torch.dtype):
-    if isinstance(t, (list, tuple)):
-        return [_to(each, dtype) for each in t]
-    return t if t is None or t.dtype is dtype else t.to(dtype)
+    if isinstance(t, Tensor):
+        return t if t.dtype is dtype else t.to(dtype)
+    return [_to(each, dtype) for each in t] if isinstance(t, (list, tuple)) else t
 
 
 def outside_autocast(run: Callable, device_type: str, *args):
@@ -74,17 +78,10 @@ def draw_seed(seed: int | Tensor | None, device: torch.device, op: str = "lora_l
     """A 1-element int64 seed on `device`: drawn from torch's generator when None, so manual_seed and checkpointing replay it."""
     if seed is None:
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    _checks.check_seed(op, seed)
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise LoraTypeError(message(f"{op}: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
         return seed.to(device).reshape(1)
-    if not isinstance(seed, int):
-        try:
-            seed = operator.index(seed)  # numpy's integers
-        except TypeError:
-            raise LoraTypeError(message(f"{op}: seed is no seed", type(seed).__name__, "int, or int64 tensor of 1 element")) from None
-    if not -(2**63) <= seed < 2**63:
-        raise LoraValueError(message(f"{op}: seed is no seed", seed, "an int of 64 bits"))
+    seed = seed if isinstance(seed, int) else operator.index(seed)  # numpy's integers
     return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 

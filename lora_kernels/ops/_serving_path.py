@@ -51,9 +51,10 @@ def find(key: tuple | None) -> Callable | None:
 
 def linear_key(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings, *options) -> tuple | None:
     """`key_of` a call of `lora_batched_linear` without dropout."""
-    biases = (bias,) if bias is None else as_list(bias)
+    stacked = isinstance(weight, Tensor)
+    biases = (bias,) if stacked or bias is None else as_list(bias)  # a list beside one weight has no signature, and is refused
     tensors = (*as_list(weight), *biases, *pools_a, *pools_b, ranks, scalings)
-    return key_of(x, tensors, mapping, _OP, len(pools_a), isinstance(weight, Tensor), *options)
+    return key_of(x, tensors, mapping, _OP, len(pools_a), stacked, *options)
 
 
 def _keep(key: tuple, device_type: str, run: Callable, quiet: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _checks_batched
-from .._errors import LoraKernelsError, LoraValueError, message
+from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from . import _serving_path
 from ._call import refuse_transforms, run_op
 from ._serving_path import as_list
@@ -109,7 +109,7 @@ def lora_expand(
     _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant)
     _checks.check_devices(op, y=y, h=h)
     if h.dtype not in (y.dtype, torch.float32):
-        raise LoraValueError(message(f"{op}: h has an unsupported dtype", h.dtype, f"{y.dtype} (as y) or torch.float32"))
+        raise LoraTypeError(message(f"{op}: h has an unsupported dtype", h.dtype, f"{y.dtype} (as y) or torch.float32"))
     refuse_grad(op, y, h, *pools_b)
     try:
         flat = y if y.dim() == 2 else y.view(-1, N)

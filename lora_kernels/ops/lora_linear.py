@@ -67,7 +67,7 @@ _bwd = torch.ops.lora_kernels.lora_linear_bwd.default
 # nothing can listen to the dispatcher (plain tensors, no mode, no transform), a call whose signature has been checked and decided before
 # goes straight to its implementation.
 
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_compiling, _is_grad_enabled, _LARGEST = torch.compiler.is_compiling, torch.is_grad_enabled, _checks.LARGEST
 _forward_runs: dict[tuple, Callable] = {}
 _backward_runs: dict[tuple, Callable] = {}
 
@@ -98,8 +98,8 @@ def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool)
         made = prepare and prepare(*args)
     flat, count = made or run, len(wide)  # not `wide` itself: what is remembered holds on to no operand
 
-    def flattened(*args):
-        first, *rest = flat(*map(_dense_rows, args[:count]), *args[count:])
+    def flattened(*given):
+        first, *rest = flat(*map(_dense_rows, given[:count]), *given[count:])
         return _shaped(first, lead) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
 
     return flat if as_they_are else flattened
@@ -258,10 +258,10 @@ def lora_linear(
             key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, autocast)
             run = _forward_runs.get(key)
     except (AttributeError, TypeError):  # an operand that is no tensor, an option that is none
-        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict)
+        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict)
         raise
-    if run is None or type(scaling) is not float or scaling - scaling != 0:
-        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict)
+    if run is None or type(scaling) is not float or not abs(scaling) <= _LARGEST:
+        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict)
         scaling = float(scaling)
     if grad and weight.requires_grad:
         raise LoraValueError(
@@ -291,8 +291,9 @@ def _plain(x, weight, bias, lora_a, lora_b, scaling, dropout_p) -> Tensor:
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
 
-def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict) -> None:
+def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict) -> None:
     _checks.check_lora_linear(op, x, weight, bias, lora_a, lora_b)
     _checks.check_scaling(op, scaling)
     _checks.check_dropout(op, dropout_p)
+    _checks.check_seed(op, seed)
     _checks.check_options(op, backend, training=training, strict=strict)

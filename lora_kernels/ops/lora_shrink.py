@@ -81,8 +81,8 @@ def lora_shrink(
         return h[0] if isinstance(pool_a, Tensor) else h
     _checks_batched.check_lists(op, x=x, pool_a=pools_a)
     refuse_transforms(op, x, *pools_a)
-    _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
+    _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     refuse_grad(op, x, *pools_a)
     S, L = len(pools_a), pools_a[0].shape[0]
     flat = x.reshape(-1, x.shape[-1])

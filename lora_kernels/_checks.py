@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import operator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ._device import BACKENDS
 from ._errors import LoraTypeError, LoraValueError, message
 
-_LARGEST = sys.float_info.max
+LARGEST = 3.4028234663852886e38  # float32's largest number: kernels take scalings as float32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -31,13 +31,27 @@ def check_tensors(op: str, **tensors: object) -> None:
 def check_scaling(op: str, scaling: float) -> None:
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         raise LoraTypeError(message(f"{op}: scaling is not a number", type(scaling).__name__, "a Python int or float", "pass scaling.item()"))
-    if not abs(scaling) <= _LARGEST:  # also NaN, and an int that is no float; math.isfinite cannot be traced by torch.compile
-        raise LoraValueError(message(f"{op}: scaling is not finite", scaling, "a finite number", "scaling is lora_alpha / r"))
+    if not abs(scaling) <= LARGEST:  # also NaN; math.isfinite cannot be traced by torch.compile
+        raise LoraValueError(message(f"{op}: scaling is not finite", scaling, f"up to {LARGEST:.6g}, as float32", "scaling is lora_alpha / r"))
 
 
 def check_dropout(op: str, p: float) -> None:
-    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
+    if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0 <= p <= 1:
         raise LoraValueError(message(f"{op}: dropout_p is no probability", p, "a number from 0 to 1"))
+
+
+def check_seed(op: str, seed: object) -> None:
+    """None, an integer of 64 bits (also numpy's), or a tensor of one."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise LoraTypeError(message(f"{op}: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
+    elif seed is not None:
+        try:
+            fits = -(2**63) <= (seed if isinstance(seed, int) else operator.index(seed)) < 2**63
+        except TypeError:
+            raise LoraTypeError(message(f"{op}: seed is no seed", type(seed).__name__, "int, or int64 tensor of 1 element")) from None
+        if not fits:
+            raise LoraValueError(message(f"{op}: seed is no seed", seed, "an int of 64 bits"))
 
 
 def check_backend(op: str, backend: str) -> None:
@@ -84,9 +98,15 @@ def check_lora_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, l
     check_devices(op, x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
 
 
+def check_dtype(op: str, **tensor: Tensor) -> None:
+    """x or y is of a type that can be computed with."""
+    ((name, t),) = tensor.items()
+    if t.dtype not in DTYPES:
+        raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
+
+
 def check_dtypes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise LoraTypeError(message(f"{op}: x has an unsupported dtype", x.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
+    check_dtype(op, x=x)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise LoraTypeError(message(f"{op}: x, weight and bias differ in dtype", got, "one dtype", "cast x, or run under torch.autocast"))

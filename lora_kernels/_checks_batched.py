@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, _shape, check_devices, check_tensors
+from ._checks import _shape, check_devices, check_dtype, check_tensors
 from ._errors import LoraTypeError, LoraValueError, message
 
 
@@ -17,15 +17,19 @@ def check_lists(op: str, **tensors: object) -> None:
         raise LoraValueError(message(f"{op}: {first} has no dimension", _shape(t), "[..., features]"))
     for name, given in lists:
         given = [given] if isinstance(given, Tensor) else given
-        if not isinstance(given, (list, tuple)) or not given:
-            got = type(given).__name__ if given else repr(given)
+        listed = isinstance(given, (list, tuple))
+        if not listed or not given:
+            got = repr(given) if listed else type(given).__name__
             raise LoraTypeError(message(f"{op}: {name} is no tensor", got, "torch.Tensor, or a list or tuple of one per slice"))
         for t in given:
             check_tensors(op, **{name: t})
 
 
-def check_bias(op: str, bias: object) -> None:
-    """None, a tensor, or a list or tuple of either."""
+def check_bias(op: str, bias: object, stacked: bool) -> None:
+    """None, a tensor, or, where the weight is not one stacked tensor, a list or tuple of either."""
+    if stacked and isinstance(bias, (list, tuple)):
+        got = f"{type(bias).__name__} of {len(bias)}"
+        raise LoraTypeError(message(f"{op}: bias is a list, weight is not", got, "a tensor or None", "torch.cat(bias)"))
     for b in bias if isinstance(bias, (list, tuple)) else [bias]:
         if b is not None:
             check_tensors(op, bias=b)
@@ -64,13 +68,6 @@ def check_base(op: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | 
             got = f"x {x.dtype}, weight {w.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
             raise LoraTypeError(message(f"{op}: x, weight and bias differ in dtype", got, "one dtype", "cast x, or run under torch.autocast"))
         check_devices(op, x=x, weight=w, bias=bias)
-
-
-def check_dtype(op: str, **tensor: Tensor) -> None:
-    """x or y is of a type that can be computed with."""
-    ((name, t),) = tensor.items()
-    if t.dtype not in DTYPES:
-        raise LoraTypeError(message(f"{op}: {name} has an unsupported dtype", t.dtype, "bfloat16, float16, float32 (float64 on the reference)"))
 
 
 def _check_dtypes(op: str, x: Tensor, **pools: list[Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ class LoraLinear(nn.Module):
         in_features, out_features: K and N.
         r: rank, at least 1.
         lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
-        lora_dropout: in [0, 1), on the low-rank branch's input, in training mode.
+        lora_dropout: in [0, 1), on the low-rank branch's input, in training mode; 0.05 unless given, here and in `from_linear`.
         bias: whether the base layer has a (frozen) bias.
         dtype: of the base layer. The adapter is float32 where that is a 16-bit type, as in PEFT.
         backend: of the op: "auto", "cuda", "triton", "cpu" or "reference".
@@ -45,7 +44,7 @@ class LoraLinear(nn.Module):
         out_features: int,
         r: int = 16,
         lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
+        lora_dropout: float = 0.05,
         bias: bool = True,
         use_rslora: bool = False,
         device: torch.device | str | None = None,
@@ -53,7 +52,7 @@ class LoraLinear(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_options(r, lora_alpha, lora_dropout, backend)
+        _check_options(r, lora_alpha, lora_dropout, backend, bias=bias, use_rslora=use_rslora)
         _check_sizes(in_features, out_features)
         _check_dtype("LoraLinear", dtype or torch.get_default_dtype())
         self._build(nn.Linear(in_features, out_features, bias, device, dtype), r, lora_alpha, lora_dropout, use_rslora, backend)
@@ -69,7 +68,7 @@ class LoraLinear(nn.Module):
         """
         if type(linear) is not nn.Linear:
             raise LoraTypeError(message("LoraLinear.from_linear: no plain linear layer", type(linear).__name__, "torch.nn.Linear"))
-        _check_options(r, lora_alpha, lora_dropout, backend)
+        _check_options(r, lora_alpha, lora_dropout, backend, use_rslora=use_rslora)
         _check_dtype("LoraLinear.from_linear", linear.weight.dtype)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -173,11 +172,11 @@ def _check_dtype(what: str, dtype: torch.dtype) -> None:
         raise LoraTypeError(message(f"{what}: a dtype that cannot be computed with", dtype, ", ".join(map(str, _checks.DTYPES)), "linear.to(dtype)"))
 
 
-def _check_options(r: int, lora_alpha: float, lora_dropout: float, backend: str) -> None:
+def _check_options(r: int, lora_alpha: float, lora_dropout: float, backend: str, **flags: bool) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise LoraValueError(message("LoraLinear: r is no rank", repr(r), "an int >= 1", "use nn.Linear for no adapter"))
-    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not abs(lora_alpha) <= sys.float_info.max:
-        raise LoraValueError(message("LoraLinear: lora_alpha is not finite", repr(lora_alpha), "a finite number"))
-    if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
+    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not abs(lora_alpha) <= _checks.LARGEST:
+        raise LoraValueError(message("LoraLinear: lora_alpha is not finite", repr(lora_alpha), f"up to {_checks.LARGEST:.6g}, as float32"))
+    if not isinstance(lora_dropout, (int, float)) or isinstance(lora_dropout, bool) or not 0 <= lora_dropout < 1:
         raise LoraValueError(message("LoraLinear: lora_dropout is no dropout probability", lora_dropout, "a number in [0, 1)"))
-    _checks.check_backend("LoraLinear", backend)
+    _checks.check_options("LoraLinear", backend, **flags)

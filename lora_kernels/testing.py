@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
-from .ops.lora_linear import draw_seed
+from .ops._call import draw_seed
 
 ALLOWED_RATIO = 2.0  # what `error_ratio` may reach before a result counts as wrong
 

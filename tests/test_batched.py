@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import _batch_table, reference
 from lora_kernels._errors import LoraKernelsError, LoraTypeError, LoraValueError
+from lora_kernels.ops import _serving_path
 from lora_kernels.ops.batch_meta import BatchMeta
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.ops.lora_expand import lora_expand
@@ -255,13 +256,29 @@ ERRORS = {
     "trained_weight": (dict(weight=lambda a: a["weight"].requires_grad_()), LoraValueError, "only the adapters are trained"),
     "lists_of_different_lengths": (dict(weight=lambda a: [a["weight"]] * 2), LoraValueError, "lists of different lengths"),
     "backend": (dict(backend=lambda a: "fast"), LoraValueError, "unknown backend"),
+    "training": (dict(training=lambda a: "no"), LoraTypeError, "training is no flag; got 'no'"),
+    "dropout_flag": (dict(dropout_p=lambda a: True), LoraValueError, "no probability; got True"),
+    "dropout_in_evaluation": (dict(dropout_p=lambda a: 7.0, training=lambda a: False), LoraValueError, "no probability; got 7.0"),
+    "seed_without_dropout": (dict(seed=lambda a: "1"), LoraTypeError, "seed is no seed; got str"),
+    "bias_list": (dict(bias=lambda a: [a["bias"]]), LoraTypeError, "bias is a list, weight is not; got list of 1; allowed: a tensor or None"),
+    "bias_none": (dict(bias=lambda a: []), LoraTypeError, "bias is a list, weight is not; got list of 0"),
+    "weight_numpy": (dict(weight=lambda a: a["weight"].numpy()), LoraTypeError, "weight is no tensor; got ndarray"),
+    "pool_a_numpy": (dict(pool_a=lambda a: a["pool_a"].numpy()), LoraTypeError, "pool_a is no tensor; got ndarray"),
+    "pool_b_numpy": (dict(pool_b=lambda a: a["pool_b"].numpy()), LoraTypeError, "pool_b is no tensor; got ndarray"),
+    "rank_packed_tensor": (dict(rank_packed=lambda a: torch.ones(2)), LoraTypeError, "rank_packed is no flag"),
+    "scalings_past_float32": (dict(scalings=lambda a: torch.tensor([1e39, 1.0], dtype=torch.float64)), LoraValueError, "scalings are not finite"),
     "dropout_table": (dict(dropout_p=lambda a: torch.ones(5)), LoraValueError, "dropout_p does not fit the pools"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_bad_arguments(name):
+@pytest.mark.parametrize("known", [False, True], ids=["first_call", "known_signature"])
+def test_bad_arguments(name, known, monkeypatch):
     changes, error, text = ERRORS[name]
+    monkeypatch.setattr(_serving_path, "_runs", {})
+    if known and "seed" not in changes:  # a seed that nothing reads is looked at once
+        lora_batched_linear(**_case())
+        lora_batched_linear(**_case(scalings=lambda a: torch.ones(2, dtype=torch.float64)))
     with pytest.raises(error, match=text):
         lora_batched_linear(**_case(**changes))
 
@@ -277,12 +294,22 @@ def test_shrink_and_expand_refuse_gradients_and_copies():
         lora_expand(torch.zeros(3, 7), h, b.pools_b[0], b.ids)
 
 
+def test_shrink_refuses_what_is_no_pool_and_no_flag():
+    b = Batch.random(ids=[0, 1, -1], Ns=[6], K=5, R=2, L=2)
+    with pytest.raises(LoraTypeError, match="pool_a is no tensor; got ndarray"):
+        lora_shrink(b.x, b.pools_a[0].numpy(), b.ids)
+    with pytest.raises(LoraTypeError, match="rank_packed is no flag"):
+        lora_shrink(b.x, b.pools_a[0], b.ids, rank_packed=torch.ones(2))
+
+
 EXPAND_ERRORS = {
     "y_expanded": (dict(y=torch.zeros(1, 6).expand(3, 6)), LoraValueError, "elements of it share memory"),
     "y_overlapping": (dict(y=torch.zeros(20).as_strided((3, 6), (4, 1))), LoraValueError, "elements of it share memory"),
     "y_number": (dict(y=torch.zeros(())), LoraValueError, "y has no dimension"),
     "h_none": (dict(h=None), LoraTypeError, "h is no tensor"),
     "pool_none": (dict(pool_b=None), LoraTypeError, "pool_b is no tensor"),
+    "pool_numpy": (dict(pool_b=torch.zeros(2, 6, 2).numpy()), LoraTypeError, "pool_b is no tensor; got ndarray"),
+    "h_dtype": (dict(h=torch.zeros(3, 2, dtype=torch.float64)), LoraTypeError, "h has an unsupported dtype; got torch.float64"),
     "pool_vector": (dict(pool_b=torch.zeros(6)), LoraValueError, "pool_b has too few dimensions"),
 }
 

@@ -12,7 +12,6 @@ from lora_kernels._errors import LoraKernelsError, LoraTypeError, LoraValueError
 from lora_kernels.ops.lora_batched import lora_batched_linear
 from lora_kernels.serving import interop
 from lora_kernels.serving.interop import from_punica, from_sglang, from_vllm, pool_of_pointers, segment_ids, sglang_slices
-from lora_kernels.serving.metadata import ids_of_sequences
 
 MIXED = [0, 0, 3, -1, 2, 2, 2, -1, 1, 3, 3, 0]
 
@@ -110,13 +109,6 @@ def test_punica_pointers_without_a_pitch():
         interop.pool_of_pointers(torch.tensor([1], dtype=torch.int32), 4, 36, torch.float32)
 
 
-def test_ids_of_sequences():
-    assert ids_of_sequences([3, None, 0], [2, 1, 3]).tolist() == [3, 3, -1, 0, 0, 0]
-    assert ids_of_sequences([1, None], 2).tolist() == [1, 1, -1, -1]
-    with pytest.raises(LoraValueError, match="lengths do not fit"):
-        ids_of_sequences([1], [2, 3])
-
-
 def vector(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -152,8 +144,6 @@ OTHERS = {
     "pointers_list": (lambda: pool_of_pointers([1], 2, 2, torch.float32), "these are no pointers; got list"),
     "pointers_null": (lambda: pool_of_pointers(torch.tensor([0]), 2, 2, torch.float32), "a pointer to nothing"),
     "pointers_dtype": (lambda: pool_of_pointers(torch.tensor([64]), 2, 2, "float32"), "no shape and dtype"),
-    "sequences": (lambda: ids_of_sequences(["a"], [1]), "a slot is no id; got 'a'"),
-    "lengths": (lambda: ids_of_sequences([0], [1.5]), "lengths do not fit"),
 }
 
 

@@ -160,6 +160,7 @@ HEADERS = {
     "transposed": (lambda h: _with(h, A0, shape=[64, 4]), "wrong shape"),
     "reversed-offsets": (lambda h: _with(h, A0, data_offsets=h[A0]["data_offsets"][::-1]), "shape and byte range disagree"),
     "overlap": (lambda h: _with(h, B0, data_offsets=h[A0]["data_offsets"]), "overlap"),
+    "gap": (lambda h: _with(h, A0, dtype="F16", data_offsets=[h[A0]["data_offsets"][0], sum(h[A0]["data_offsets"]) // 2]), "leave a gap"),
     "int8": (lambda h: _with(h, A0, dtype="I8", shape=[16, 64]), "unsupported dtype; got 'I8'"),
     "dtype-list": (lambda h: _with(h, A0, dtype=["F32"]), "unsupported dtype"),
     "half-of-it": (lambda h: _with(h, A0, dtype="F16", shape=[8, 64]), "wrong shape"),

@@ -90,6 +90,14 @@ def test_refusals_say_why(name):
     assert reason in cuda.refuses_bwd(c.dy, c.x, c.weight, c.lora_a, c.lora_b, None, None, 1.0, 0.0, True, True, True)
 
 
+@pytest.mark.parametrize("sizes", [(2**31 - 512, 16, 16), (16, 2**31, 16), (16, 16, 2**31)], ids=["M", "N", "K"])
+def test_sizes_past_32_bits_are_refused(sizes):
+    (M, N, K), meta = sizes, lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    x, weight, a, b = meta(M, K), meta(N, K), meta(8, K), meta(N, 8)
+    assert "(32-bit indices)" in cuda.refuses_fwd(x, weight, None, a, b, 1.0, 0.0, None)
+    assert "(32-bit indices)" in cuda.refuses_bwd(meta(M, N), x, weight, a, b, None, None, 1.0, 0.0, True, True, True)
+
+
 def test_layouts_refused():
     c = Case.random(16, 72, 80, 16, torch.bfloat16)
     transposed = c.weight.t().contiguous().t()

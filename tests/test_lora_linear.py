@@ -421,7 +421,7 @@ def test_bias_of_other_strides_in_a_known_signature() -> None:
 @pytest.mark.parametrize("known", [False, True], ids=["first_call", "known_signature"])
 @pytest.mark.parametrize("trained", [False, True], ids=["no_grad", "grad"])
 def test_jit_trace_records_the_op(known, trained) -> None:
-    layer = lk.LoraLinear(33, 20, r=4)
+    layer = lk.LoraLinear(33, 20, r=4, lora_dropout=0.0)
     torch.nn.init.normal_(layer.lora_B.weight)
     with torch.set_grad_enabled(trained), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, and warns of the Python values that it sees

@@ -46,8 +46,21 @@ OPTIONS = {
     "strict_text": (dict(strict="x"), LoraTypeError, "strict is no flag; got 'x'"),
     "training": (dict(training=[1]), LoraTypeError, "training is no flag"),
     "training_none": (dict(training=None), LoraTypeError, "training is no flag; got None"),
+    "dropout_flag": (dict(dropout_p=True), LoraValueError, "dropout_p is no probability; got True"),
+    "dropout_in_evaluation": (dict(dropout_p=7.0, training=False), LoraValueError, "no probability; got 7.0"),
+    "seed_without_dropout": (dict(seed="1"), LoraTypeError, "seed is no seed; got str"),
+    "scaling_past_float32": (dict(scaling=1e39), LoraValueError, r"scaling is not finite; got 1e\+39; allowed: up to 3.40282e\+38"),
     "scaling": (dict(scaling=[2.0]), LoraTypeError, "scaling is not a number; got list"),
 }
+
+
+@pytest.mark.parametrize("scaling", [1e39, -1e39, float("nan"), float("inf"), 10**400], ids=str)
+def test_scalings_that_float32_lacks_in_known_calls(scaling) -> None:
+    """The kernels would turn them into NaN; the largest that there is goes through."""
+    operands = torch.ones(2, 8), torch.zeros(6, 8), None, torch.zeros(3, 8), torch.zeros(6, 3)
+    assert not lk.lora_linear(*operands, 3.4028234663852886e38).any()
+    with pytest.raises(LoraValueError, match="scaling is not finite"):
+        lk.lora_linear(*operands, scaling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -20,7 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", [fp64, fp32, bf16, fp16], ids=lambda d
 
 def trained(K=13, N=9, dtype=fp32, **options) -> lk.LoraLinear:
     """A layer whose update is not zero."""
-    layer = lk.LoraLinear(K, N, dtype=dtype, **({"r": 5, "lora_alpha": 7} | options))
+    layer = lk.LoraLinear(K, N, dtype=dtype, **({"r": 5, "lora_alpha": 7, "lora_dropout": 0.0} | options))
     nn.init.normal_(layer.lora_B.weight)
     return layer
 
@@ -52,6 +52,12 @@ def test_from_linear_starts_at_the_linear_layer_and_shares_it():
     assert not layer.lora_B.weight.any()
 
 
+def test_both_ways_to_a_layer_have_the_same_defaults():
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "backend", "scaling")
+    direct, wrapped = lk.LoraLinear(4, 4), lk.LoraLinear.from_linear(nn.Linear(4, 4))
+    assert [getattr(direct, name) for name in names] == [getattr(wrapped, name) for name in names] == [16, 32, 0.05, False, "auto", 2.0]
+
+
 def test_from_linear_keeps_mode_device_and_dtype():
     layer = lk.LoraLinear.from_linear(nn.Linear(4, 4, dtype=bf16, device="meta").eval(), lora_dropout=0.5)
     assert not layer.training
@@ -66,7 +72,7 @@ def test_scaling(use_rslora, scaling):
 
 
 def test_training_moves_only_the_adapter_and_lowers_the_loss():
-    layer, x = lk.LoraLinear(13, 9, r=4), torch.randn(64, 13)
+    layer, x = lk.LoraLinear(13, 9, r=4, lora_dropout=0.0), torch.randn(64, 13)
     target, base = torch.randn(64, 9), layer.base_layer.weight.clone()
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], 3e-2)
     losses = []
@@ -240,6 +246,8 @@ BAD = {
     "dropout 1": ({"lora_dropout": 1.0}, r"lora_dropout is no dropout probability; got 1.0; allowed: a number in \[0, 1\)"),
     "dropout below 0": ({"lora_dropout": -0.1}, "lora_dropout is no"),
     "NaN dropout": ({"lora_dropout": float("nan")}, "lora_dropout is no"),
+    "alpha past float32": ({"lora_alpha": 1e39}, "lora_alpha is not finite"),
+    "dropout as a flag": ({"lora_dropout": False}, "lora_dropout is no"),
     "backend": ({"backend": "cudnn"}, "unknown backend"),
 }
 
@@ -252,6 +260,14 @@ def test_bad_options_are_refused_and_leave_the_linear_layer_alone(case):
         with pytest.raises(lk.LoraValueError, match=text):
             make()
     assert linear.weight.requires_grad
+
+
+def test_flags_that_are_none():
+    for flag in ("use_rslora", "bias"):
+        with pytest.raises(lk.LoraTypeError, match=f"LoraLinear: {flag} is no flag; got 'no'"):
+            lk.LoraLinear(4, 4, **{flag: "no"})
+    with pytest.raises(lk.LoraTypeError, match="use_rslora is no flag"):
+        lk.LoraLinear.from_linear(nn.Linear(4, 4), use_rslora=1)
 
 
 def test_from_linear_takes_no_other_layer():

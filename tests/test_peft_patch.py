@@ -130,6 +130,11 @@ CALLS = {
     "wrong width": (lambda layer: layer(torch.randn(2, 11)), "x does not fit"),
     "0-dimensional x": (lambda layer: layer(torch.tensor(1.0)), "x does not fit"),
     "bf16 adapter on fp32": (lambda layer: (layer.lora_A.bfloat16(), layer.lora_B.bfloat16(), layer(torch.randn(2, 12)))[2], "lora_A torch.bfloat16"),
+    "bf16 lora_B alone": (lambda layer: (layer.lora_B.bfloat16(), layer(torch.randn(2, 12)))[1], "lora_B torch.bfloat16"),
+    "fp32 lora_B alone on bf16": (
+        lambda layer: (layer.bfloat16(), layer.lora_B.float(), layer(torch.randn(2, 12).bfloat16()))[2],
+        "lora_A torch.bfloat16, lora_B torch.float32",
+    ),
     "mixed batch": (lambda layer: layer(torch.randn(2, 12), adapter_names=["default", "__base__"]), "extra arguments"),
     "torch.func": (lambda layer: torch.func.grad(lambda x: layer(x).sum())(torch.randn(2, 12)), "torch.func"),
     "jit trace": (lambda layer: torch.jit.trace(layer, torch.randn(2, 12), check_trace=False)(torch.ones(2, 12)), "torch.jit.trace"),

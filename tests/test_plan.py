@@ -51,6 +51,16 @@ def test_heuristic(problem, arch, implementation, form):
     assert (plan.implementation, plan.form) == (implementation, form)
 
 
+def test_heuristic_tile_is_wide_from_65_rows_and_129_columns():
+    tile = lambda M, N: heuristic(Problem("fwd", M, N, 4096, 16, torch.bfloat16), 90).block_n
+    assert (tile(64, 4096), tile(65, 4096), tile(65, 128), tile(65, 129)) == (128, 256, 128, 256)
+
+
+@pytest.mark.parametrize("R, form", [(8, "column0"), (12, "column0"), (20, "tma"), (24, "tma"), (32, "column0"), (40, "tma"), (64, "column0")])
+def test_ranks_whose_masked_blocks_spill_take_the_other_form(R, form):
+    assert heuristic(Problem("fwd", 8192, 4096, 4096, R, torch.bfloat16), 90).form == form
+
+
 def test_form_steps_down_to_what_the_operands_allow():
     plan = heuristic(BIG, 90)
     assert fit(plan, BIG, True, True) == plan
@@ -72,9 +82,17 @@ def test_table_is_exact_then_nearest_in_log_space(folder):
     assert at(1400).implementation == "torch"
     assert at(2896).implementation == "torch", "sqrt(1024 x 8192) = 2896.3: still nearer to 1024"
     assert at(2900).warps == 4
+    assert at(724).stages == 2
     assert at(1).stages == 2
     assert at(0).stages == 2
     assert at(8192, K=8192) is None
+
+
+def test_halfway_between_two_measured_sizes_the_smaller_counts(folder):
+    path = folder / store.table_name("gpu")
+    path.write_text(json.dumps({"device": "gpu", "entries": [entry(4096, warps=4), entry(1024, stages=2)]}))
+    (table,) = store.tables("gpu")
+    assert store.look_up(table, Problem("fwd", 2048, 4096, 4096, 16, torch.bfloat16)) == Plan(**PLAN | {"stages": 2})
 
 
 def test_a_call_that_comes_down_from_the_cuda_kernels_gets_tritons_tile():

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from adapters import KINDS, one_thread, random_tensors, save_kinds, tiny_llama, write_adapter
+from adapters import KINDS, PREFIX, one_thread, random_tensors, save_kinds, tiny_llama, write_adapter
 from torch import nn
 
 from lora_kernels import LoraKernelsError, LoraTypeError, LoraValueError
@@ -100,6 +100,26 @@ def test_lora_bias_leaves_rows_without_it_alone(base, tmp_path):
     assert torch.equal(got[0], before[0])
     assert torch.equal(got[1], expected[1])
     assert not torch.equal(got[2], expected[2])
+
+
+def test_zeros_keep_their_sign_where_no_bias_is_added(tmp_path, monkeypatch):
+    """y + 0.0 turns a -0.0 of the base model into 0.0; also in a slot that held a lora_bias before."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6)).requires_grad_(False)
+    tensors = lambda i, K: {f"{PREFIX}{i}.lora_A.weight": torch.ones(4, K), f"{PREFIX}{i}.lora_B.weight": torch.ones(6, 4)}
+    biased = tensors("0", 8) | {f"{PREFIX}0.lora_B.bias": torch.ones(6)}
+    write_adapter(tmp_path / "bias", biased, target_modules=["0"], lora_bias=True)
+    write_adapter(tmp_path / "other", tensors("1", 6), target_modules=["1"])
+    x = torch.ones(3, 8)
+    with AdapterPool(model, max_loras=3, max_rank=4) as pool:
+        pool.load("old", tmp_path / "bias")
+        pool.evict("old")
+        for name, folder in (("other", "other"), ("bias", "bias")):
+            pool.load(name, tmp_path / folder)
+        monkeypatch.setattr(nn.functional, "linear", lambda x, weight, bias=None: torch.full((x.shape[0], weight.shape[0]), -0.0))
+        with pool.batch([None, "other", "bias"]):
+            y = model[0](x)
+    assert y[:2].signbit().all()
+    assert (y[2] > 0).all()
 
 
 def test_per_token_form_agrees_with_per_sequence(base, pool):

@@ -58,6 +58,16 @@ def test_least_recently_used_goes_first(base, pool, folders):
     assert pool.stats()["evictions"] == 1
 
 
+def test_an_adapter_that_no_batch_holds_goes_before_an_older_one_in_use(base, pool, folders):
+    for i in range(3):
+        pool.load(f"n{i}", folders[i])
+    with pool.batch(["n0", None]):
+        with pool.batch(["n1", None]), pool.batch(["n2", None]):
+            pass
+        pool.load("n3", folders[3])
+        assert set(pool.names) == {"n0", "n2", "n3"}
+
+
 def test_pinned_adapters_stay(pool, folders):
     for i in range(3):
         pool.load(f"n{i}", folders[i])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_kernels as lk
 from lora_kernels import LoraTypeError, LoraValueError
 from lora_kernels.native import signature as native
-from lora_kernels.ops import _registry, _serving_path
+from lora_kernels.ops import _call, _registry, _serving_path
 from lora_kernels.ops import lora_linear as op
 
 READERS = {"python": native._from_attributes, "native": native.signature}
@@ -177,7 +177,7 @@ def test_autocast_is_on_again_after_a_failure() -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(RuntimeError, match="no"):
-            op._outside_autocast(fails, "cpu")
+            _call.outside_autocast(fails, "cpu")
         assert torch.is_autocast_enabled("cpu")
 
 
@@ -192,6 +192,15 @@ def test_autocast_of_another_device_changes_nothing() -> None:
             assert not torch.is_autocast_enabled("cpu")
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+def test_signatures_do_not_pile_up(monkeypatch) -> None:
+    monkeypatch.setattr(_call, "MAX_SIGNATURES", 4)
+    monkeypatch.setattr(op, "_forward_runs", {})
+    _, w, a, b = operands()
+    for M in range(1, 10):
+        lk.lora_linear(torch.zeros(M, w.shape[1]), w, None, a, b)
+        assert 1 <= len(op._forward_runs) <= 4
 
 
 # ------------------------------------------------------------------------------------------------------- many adapters
@@ -252,6 +261,21 @@ def test_values_are_checked_in_known_calls_too(runs) -> None:
         lk.lora_batched_linear(x, w, None, a, b, ids + 3, ranks)
     with pytest.raises(LoraValueError, match="true rank outside the pool"):
         lk.lora_batched_linear(x, w, None, a, b, ids, ranks + 1)
+
+
+@pytest.mark.parametrize("dtype, value", [(torch.float32, float("nan")), (torch.float64, 1e39)], ids=["nan", "past_float32"])
+def test_scalings_written_in_place_are_looked_at_again(runs, dtype, value) -> None:
+    x, (w,), (a,), (b,), ids = batch()
+    scalings = torch.ones(3, dtype=dtype)
+    calls = lambda: lk.lora_batched_linear(x, w, None, a, b, ids, None, scalings), lambda: lk.lora_shrink(x, a, ids, None, scalings)
+    for _ in range(3):
+        for call in calls:
+            call()
+    assert len(runs) == 2
+    scalings[1] = value
+    for call in calls:
+        with pytest.raises(LoraValueError, match="scalings are not finite"):
+            call()
 
 
 def test_vectors_that_the_kernels_cannot_read_in_place(runs) -> None:

@@ -17,7 +17,8 @@ from .._checks import DTYPES
 from .._errors import BackendError, message, warn_once
 from ..native.signature import unobserved_signature
 from ..native.state import snapshot, unchanged
-from ..ops.lora_linear import any_autocast, autocasts, lora_linear
+from ..ops._call import any_autocast, autocasts
+from ..ops.lora_linear import lora_linear
 
 DISABLED = "adapters disabled"
 MERGED = "adapter merged into the base weight"

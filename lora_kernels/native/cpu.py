@@ -12,6 +12,7 @@ from .._errors import LoraValueError
 from ..reference import drop_threshold, keep_scale, unpack_bits
 from ..tuning import cpu as plan
 from . import cpu_batched
+from .cpu_batched import DTYPES
 from .signature import tensors_shown
 
 try:
@@ -19,8 +20,7 @@ try:
 except ImportError as error:
     _C, _IMPORT_ERROR = None, str(error)
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lk::Dtype
-_PANELS, _RANK_ONLY = plan.FORMS.index("panels"), plan.FORMS.index("torch")
+_RANK_ONLY = plan.FORMS.index("torch")
 with torch.inference_mode(False):  # this module may be imported by a first call in inference mode; autograd would not save its tensors
     _NO_MASK = torch.empty(0, dtype=torch.int32, device="cpu")
 _threads = torch.get_num_threads

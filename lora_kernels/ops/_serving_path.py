@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import _checks_batched
 from ..native.signature import unobserved_signature
 from . import _registry
+from ._call import any_autocast, dense, keep, outside_autocast
 from .batch_meta import BatchMeta, check_ids, check_ranks, check_scalings
-from .lora_linear import _outside_autocast, any_autocast, dense, keep
 
 _OP = "lora_batched_fwd"
 _runs: dict[tuple, Callable] = {}
@@ -51,13 +51,14 @@ def find(key: tuple | None) -> Callable | None:
 
 def linear_key(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings, *options) -> tuple | None:
     """`key_of` a call of `lora_batched_linear` without dropout."""
-    biases = (bias,) if bias is None else as_list(bias)
+    stacked = isinstance(weight, Tensor)
+    biases = (bias,) if stacked or bias is None else as_list(bias)  # a list beside one weight has no signature, and is refused
     tensors = (*as_list(weight), *biases, *pools_a, *pools_b, ranks, scalings)
-    return key_of(x, tensors, mapping, _OP, len(pools_a), isinstance(weight, Tensor), *options)
+    return key_of(x, tensors, mapping, _OP, len(pools_a), stacked, *options)
 
 
 def _keep(key: tuple, device_type: str, run: Callable, quiet: bool) -> None:
-    keep(_runs, key, functools.partial(_outside_autocast, run, device_type) if any_autocast() else run, quiet)
+    keep(_runs, key, functools.partial(outside_autocast, run, device_type) if any_autocast() else run, quiet)
 
 
 def _unlikely(mapping, first: Tensor) -> bool:

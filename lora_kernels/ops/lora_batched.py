@@ -13,9 +13,9 @@ from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import has_values
 from ..reference_batched import h_width
 from . import _serving_path
+from ._call import PLAIN, any_autocast, dense, draw_seed, in_autocast_dtype, refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks, check_scalings
-from .lora_linear import PLAIN, _run, any_autocast, autocasts, dense, draw_seed, refuse_transforms
 
 _FWD = "lora_batched_fwd"
 _BWD = "lora_batched_bwd"
@@ -37,13 +37,13 @@ torch.library.define(
 @torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
 def _fwd_impl(x, *rest):
     *args, backend, strict = rest
-    return _run(_FWD, x.device.type, backend, strict, (dense(x), *args))
+    return run_op(_FWD, x.device.type, backend, strict, (dense(x), *args))
 
 
 @torch.library.impl(f"lora_kernels::{_BWD}", "CompositeExplicitAutograd")
 def _bwd_impl(dy, x, *rest):
     *args, backend, strict = rest
-    return _run(_BWD, dy.device.type, backend, strict, (dense(dy), dense(x), *args))
+    return run_op(_BWD, dy.device.type, backend, strict, (dense(dy), dense(x), *args))
 
 
 @torch.library.register_fake(f"lora_kernels::{_FWD}")
@@ -176,7 +176,7 @@ class _PlainIds(BatchMeta):
 
 def _dropout_table(op: str, dropout_p: float | Tensor | None, training: bool, L: int, device: torch.device) -> Tensor | None:
     """Probabilities float32 `[L]`, or None where nothing is dropped."""
-    if dropout_p is None or not training:
+    if dropout_p is None:
         return None
     if isinstance(dropout_p, Tensor):
         if dropout_p.shape != (L,) or not dropout_p.is_floating_point():
@@ -185,9 +185,9 @@ def _dropout_table(op: str, dropout_p: float | Tensor | None, training: bool, L:
             low, high = dropout_p.aminmax()
             if not 0 <= low <= high <= 1:
                 raise LoraValueError(message(f"{op}: dropout_p is no probability", f"{low:g} to {high:g}", "numbers from 0 to 1"))
-        return dropout_p.to(device, torch.float32)
+        return dropout_p.to(device, torch.float32) if training else None
     _checks.check_dropout(op, dropout_p)
-    return torch.full((L,), float(dropout_p), device=device) if dropout_p > 0 else None
+    return torch.full((L,), float(dropout_p), device=device) if training and dropout_p > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- public
@@ -253,39 +253,38 @@ def lora_batched_linear(
     try:
         pools_a, pools_b = [squeeze_slab(p) for p in as_list(pool_a)], [squeeze_slab(p) for p in as_list(pool_b)]
         if torch.compiler.is_compiling() or any_autocast():
-            x, weight, bias = _autocast(x, weight, bias)
-        given = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
-        key = None if dropout_p is not None else _serving_path.linear_key(*given, rank_packed, batch_invariant, backend, strict)
+            x, weight, bias = in_autocast_dtype(x, weight, bias)
+        operands = (x, weight, bias, pools_a, pools_b, token_lora_mapping, ranks, scalings)
+        key = None if dropout_p is not None else _serving_path.linear_key(*operands, rank_packed, batch_invariant, training, backend, strict)
         run = _serving_path.find(key)
     except (AttributeError, TypeError):
         _checks_batched.check_lists(op, x=x, weight=weight, pool_a=pool_a, pool_b=pool_b)
-        _checks_batched.check_bias(op, bias)
-        _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
+        _checks_batched.check_bias(op, bias, isinstance(weight, Tensor))
+        _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed, training=training)
         raise
     S, stacked = len(pools_a), isinstance(weight, Tensor)
     if run is not None:
-        y = run(*given)
+        y = run(*operands)
         return y if stacked else y.split([w.shape[0] for w in weight], -1)
     _checks_batched.check_lists(op, x=x, weight=weight, pool_a=pools_a, pool_b=pools_b)
-    _checks_batched.check_bias(op, bias)
+    _checks_batched.check_bias(op, bias, stacked)
+    _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed, training=training)
     refuse_transforms(op, x, *as_list(weight), *(() if bias is None else as_list(bias)), *pools_a, *pools_b)
     _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     L, R = pools_a[0].shape[0], pools_a[0].shape[1] // (S if rank_packed else 1)
     _checks_batched.check_pool_b(op, x, pools_b, S, L, R)
     weights, biases = _split_base(op, weight, bias, [b.shape[1] for b in pools_b])
     _checks_batched.check_base(op, x, weights, biases, pools_b)
-    _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
-
+    _checks.check_seed(op, seed)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     meta = resolve_meta(op, token_lora_mapping, flat.shape[0], L, x, batch_invariant)
-    given = (x, weight, token_lora_mapping, ranks, scalings)
-    ranks = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
-    check_ranks(op, ranks, R)
-    scalings = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
-    check_scalings(op, scalings)
+    rank_rows = _checks_batched.per_slice(op, "ranks", ranks, torch.int32, S, L, x.device)
+    check_ranks(op, rank_rows, R)
+    scaling_rows = _checks_batched.per_slice(op, "scalings", scalings, torch.float32, S, L, x.device)
+    check_scalings(op, scaling_rows)
     dropout_p = _dropout_table(op, dropout_p, training, L, x.device)
     seed = None if dropout_p is None else draw_seed(seed, x.device, op)
-    call = _Call(meta.ids, ranks, scalings, dropout_p, seed, meta.table, meta.block, rank_packed, meta.batch_invariant, backend, strict)
+    call = _Call(meta.ids, rank_rows, scaling_rows, dropout_p, seed, meta.table, meta.block, rank_packed, meta.batch_invariant, backend, strict)
     tensors = (flat, *weights, *biases, *pools_a, *pools_b)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if rank_packed:
@@ -297,19 +296,10 @@ def lora_batched_linear(
     else:
         y = _fwd(flat, weights, biases, pools_a, pools_b, *call)[0]
         if key is not None:
-            _serving_path.remember(key, *given, (flat, weights, biases, pools_a, pools_b, *call[:-2]), backend, strict)
+            args = (flat, weights, biases, pools_a, pools_b, *call[:-2])
+            _serving_path.remember(key, x, weight, token_lora_mapping, ranks, scalings, args, backend, strict)
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if stacked else y.split([w.shape[0] for w in weights], -1)
-
-
-def _autocast(x, weight, bias):
-    """Under torch.autocast, operands in its dtype, as F.linear takes them."""
-    if not autocasts(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *as_list(weight), *(() if bias is None else as_list(bias)))]
-    weights, biases = cast[1 : len(as_list(weight)) + 1], cast[len(as_list(weight)) + 1 :]
-    return cast[0], weights[0] if isinstance(weight, Tensor) else weights, biases[0] if isinstance(bias, Tensor) else biases or None
 
 
 def _split_base(op, weight, bias, widths) -> tuple[list[Tensor], list[Tensor | None]]:

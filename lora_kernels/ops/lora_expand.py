@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _checks_batched
-from .._errors import LoraKernelsError, LoraValueError, message
+from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from . import _serving_path
+from ._call import refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks
 from .lora_batched import resolve_meta, squeeze_slab
-from .lora_linear import _run, refuse_transforms
 from .lora_shrink import refuse_grad
 
 torch.library.define(
@@ -26,7 +26,7 @@ torch.library.define(
 @torch.library.impl("lora_kernels::lora_expand", "CompositeExplicitAutograd")
 def _impl(y, *rest):
     *args, backend, strict = rest
-    _run("lora_expand", y.device.type, backend, strict, (y, *args))
+    run_op("lora_expand", y.device.type, backend, strict, (y, *args))
 
 
 @torch.library.register_fake("lora_kernels::lora_expand")
@@ -104,12 +104,12 @@ def lora_expand(
     if h.dim() != 3 or h.shape[0] != S or y.shape[-1] != N or h.shape[1] * N != y.numel():
         got = f"h {list(h.shape)}, y {list(y.shape)}"
         raise LoraValueError(message(f"{op}: h and y do not fit pool_b", got, f"h [{S}, M, R], y [..., {N}] with M rows"))
-    _checks_batched.check_dtype(op, y=y)
+    _checks.check_dtype(op, y=y)
     _checks_batched.check_pool_b(op, y, pools_b, S, pools_b[0].shape[0], h.shape[2])
     _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant)
     _checks.check_devices(op, y=y, h=h)
     if h.dtype not in (y.dtype, torch.float32):
-        raise LoraValueError(message(f"{op}: h has an unsupported dtype", h.dtype, f"{y.dtype} (as y) or torch.float32"))
+        raise LoraTypeError(message(f"{op}: h has an unsupported dtype", h.dtype, f"{y.dtype} (as y) or torch.float32"))
     refuse_grad(op, y, h, *pools_b)
     try:
         flat = y if y.dim() == 2 else y.view(-1, N)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _checks, reference
-from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
+from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import unobserved_signature
 from . import _registry
+from ._call import PLAIN, any_autocast, dense, draw_seed, in_autocast_dtype, keep, outside_autocast, refuse_transforms, run_op
 
 _FWD = "lora_linear_fwd"
 _BWD = "lora_linear_bwd"
@@ -31,35 +30,15 @@ torch.library.define(
 )
 
 
-def autocasts(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def _run(op: str, device_type: str, backend: str, strict: bool, args: tuple):
-    run = _registry.select(op, backend, strict, device_type, args)
-    return _outside_autocast(run, device_type, *args)
-
-
-def _outside_autocast(run: Callable, device_type: str, *args):
-    """`run(*args)` with the device's autocast off: dtypes are settled by now, and it must not touch the inner products."""
-    if not autocasts(device_type):
-        return run(*args)
-    torch.set_autocast_enabled(device_type, False)
-    try:
-        return run(*args)
-    finally:
-        torch.set_autocast_enabled(device_type, True)
-
-
 @torch.library.impl(f"lora_kernels::{_FWD}", "CompositeExplicitAutograd")
 def _fwd_impl(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend, strict):
-    return _run(_FWD, x.device.type, backend, strict, (dense(x), weight, bias, lora_a, lora_b, scaling, dropout_p, seed))
+    return run_op(_FWD, x.device.type, backend, strict, (dense(x), weight, bias, lora_a, lora_b, scaling, dropout_p, seed))
 
 
 @torch.library.impl(f"lora_kernels::{_BWD}", "CompositeExplicitAutograd")
 def _bwd_impl(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db, backend, strict):
     args = (dense(dy), dense(x), weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
-    return _run(_BWD, x.device.type, backend, strict, args)
+    return run_op(_BWD, x.device.type, backend, strict, args)
 
 
 @torch.library.register_fake(f"lora_kernels::{_FWD}")
@@ -88,9 +67,7 @@ _bwd = torch.ops.lora_kernels.lora_linear_bwd.default
 # nothing can listen to the dispatcher (plain tensors, no mode, no transform), a call whose signature has been checked and decided before
 # goes straight to its implementation.
 
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-any_autocast = torch._C._is_any_autocast_enabled  # of any device: the quick question
-_MAX_SIGNATURES = 4096
+_is_compiling, _is_grad_enabled, _LARGEST = torch.compiler.is_compiling, torch.is_grad_enabled, _checks.LARGEST
 _forward_runs: dict[tuple, Callable] = {}
 _backward_runs: dict[tuple, Callable] = {}
 
@@ -105,7 +82,7 @@ def _remember(
     args, device_type = (*map(_dense_rows, wide), *narrow), wide[0].device.type
     run, quiet = _registry.decide(op, backend, strict, device_type, args)
     run = _prepared(run, wide, args, **how)
-    return keep(runs, key, functools.partial(_outside_autocast, run, device_type) if autocast else run, quiet)
+    return keep(runs, key, functools.partial(outside_autocast, run, device_type) if autocast else run, quiet)
 
 
 def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool) -> Callable:
@@ -121,20 +98,11 @@ def _prepared(run: Callable, wide: tuple[Tensor, ...], args: tuple, **how: bool)
         made = prepare and prepare(*args)
     flat, count = made or run, len(wide)  # not `wide` itself: what is remembered holds on to no operand
 
-    def flattened(*args):
-        first, *rest = flat(*map(_dense_rows, args[:count]), *args[count:])
+    def flattened(*given):
+        first, *rest = flat(*map(_dense_rows, given[:count]), *given[count:])
         return _shaped(first, lead) if first.dim() == 2 else first, *rest  # 1-D: a dx that was not needed
 
     return flat if as_they_are else flattened
-
-
-def keep(runs: dict, key: tuple, run: Callable, quiet: bool) -> Callable:
-    """`run`, remembered unless a reason was logged when it was decided."""
-    if quiet:
-        if len(runs) >= _MAX_SIGNATURES:
-            runs.clear()
-        runs[key] = run
-    return run
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -172,14 +140,6 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def dense(t: Tensor) -> Tensor:
-    """The matrix `t` with rows that are contiguous and lie apart, a copy where they do not: the only ones that every kernel reads.
-
-    y.sum().backward() gives a dy of one element, y.sum(0) one of one row, y.t() one by columns.
-    """
-    return t if (t.stride(1) == 1 and t.stride(0) != 0) or t.shape[1] == 1 else t.clone(memory_format=torch.contiguous_format)
-
-
 def _dense_rows(t: Tensor) -> Tensor:
     return dense(_rows(t))
 
@@ -205,19 +165,6 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     return run(dy, x, *args)
 
 
-def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
-    """Raise under a torch.func transform, and for tensors that carry a forward-mode derivative: the kernels know of neither."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active():
-        raise LoraKernelsError(message(f"{op}: no torch.func transforms (grad, vmap, jvp)", allowed="torch.autograd", fix=PLAIN))
-    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise LoraKernelsError(message(f"{op}: no forward-mode derivatives", allowed="backward", fix=PLAIN))
-
-
-PLAIN = "compute this layer in plain PyTorch: F.linear(x, W, b) + s * F.linear(F.linear(x, A), B)"
-
-
 def _differentiable_grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
     """The backward under create_graph=True, in plain PyTorch, so that its gradients can be differentiated again."""
     rows = _rows(dy)
@@ -241,24 +188,6 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx, dh):
         fix = "lora_a.requires_grad_(True), or " + PLAIN
         raise LoraKernelsError(message("lora_linear: no second derivatives of dB where lora_a is frozen, as x is not kept then", fix=fix))
-
-
-def draw_seed(seed: int | Tensor | None, device: torch.device, op: str = "lora_linear") -> Tensor:
-    """A 1-element int64 seed on `device`: drawn from torch's generator when None, so manual_seed and checkpointing replay it."""
-    if seed is None:
-        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise LoraTypeError(message(f"{op}: seed is no seed", f"{seed.dtype} {list(seed.shape)}", "int, or int64 tensor of 1 element"))
-        return seed.to(device).reshape(1)
-    if not isinstance(seed, int):
-        try:
-            seed = operator.index(seed)  # numpy's integers
-        except TypeError:
-            raise LoraTypeError(message(f"{op}: seed is no seed", type(seed).__name__, "int, or int64 tensor of 1 element")) from None
-    if not -(2**63) <= seed < 2**63:
-        raise LoraValueError(message(f"{op}: seed is no seed", seed, "an int of 64 bits"))
-    return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 
 def _everywhere(seed: Tensor, x: Tensor) -> Tensor:
@@ -321,7 +250,7 @@ def lora_linear(
     try:
         trained = grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad))
         if autocast:
-            x, weight, bias = _autocast(x, weight, bias)
+            x, weight, bias = in_autocast_dtype(x, weight, bias)
         if x.dtype is torch.float16 and isinstance(scaling, (int, float)) and 1 < abs(scaling) < 65504 and lora_b.is_floating_point():
             lora_b, scaling = lora_b * scaling, 1.0  # s h may overflow where h does not
         shown = None if compiling else unobserved_signature(x, weight, lora_a, lora_b, bias)
@@ -329,10 +258,10 @@ def lora_linear(
             key = (shown, trained, dropout_p, type(dropout_p), training, backend, strict, autocast)
             run = _forward_runs.get(key)
     except (AttributeError, TypeError):  # an operand that is no tensor, an option that is none
-        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict)
+        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict)
         raise
-    if run is None or type(scaling) is not float or scaling - scaling != 0:
-        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict)
+    if run is None or type(scaling) is not float or not abs(scaling) <= _LARGEST:
+        _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict)
         scaling = float(scaling)
     if grad and weight.requires_grad:
         raise LoraValueError(
@@ -362,19 +291,9 @@ def _plain(x, weight, bias, lora_a, lora_b, scaling, dropout_p) -> Tensor:
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
 
-def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, backend, strict) -> None:
+def _check(op: str, x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict) -> None:
     _checks.check_lora_linear(op, x, weight, bias, lora_a, lora_b)
     _checks.check_scaling(op, scaling)
     _checks.check_dropout(op, dropout_p)
+    _checks.check_seed(op, seed)
     _checks.check_options(op, backend, training=training, strict=strict)
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under torch.autocast, operands in its dtype, as F.linear takes them."""
-    device = x.device.type
-    if not autocasts(device) or not x.is_floating_point() or x.dtype is torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    x = x if x.dtype is dtype else x.to(dtype)
-    weight = weight if weight.dtype is dtype else weight.to(dtype)
-    return x, weight, bias if bias is None or bias.dtype is dtype else bias.to(dtype)

@@ -10,10 +10,10 @@ from torch import Tensor
 from .. import _checks, _checks_batched
 from .._errors import LoraKernelsError, message
 from . import _serving_path
+from ._call import dense, refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks, check_scalings
 from .lora_batched import resolve_meta, squeeze_slab
-from .lora_linear import _run, dense, refuse_transforms
 
 torch.library.define(
     "lora_kernels::lora_shrink",
@@ -25,7 +25,7 @@ torch.library.define(
 @torch.library.impl("lora_kernels::lora_shrink", "CompositeExplicitAutograd")
 def _impl(x, *rest):
     *args, backend, strict = rest
-    return _run("lora_shrink", x.device.type, backend, strict, (dense(x), *args))
+    return run_op("lora_shrink", x.device.type, backend, strict, (dense(x), *args))
 
 
 @torch.library.register_fake("lora_kernels::lora_shrink")
@@ -81,8 +81,8 @@ def lora_shrink(
         return h[0] if isinstance(pool_a, Tensor) else h
     _checks_batched.check_lists(op, x=x, pool_a=pools_a)
     refuse_transforms(op, x, *pools_a)
-    _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant, rank_packed=rank_packed)
+    _checks_batched.check_pool_a(op, x, pools_a, rank_packed)
     refuse_grad(op, x, *pools_a)
     S, L = len(pools_a), pools_a[0].shape[0]
     flat = x.reshape(-1, x.shape[-1])

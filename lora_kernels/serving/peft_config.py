@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._errors import LoraKernelsError, LoraValueError, message
+from .._errors import LoraValueError, message
 from .tensor_file import open_regular, parse_json
 
 MAX_CONFIG = 1_000_000  # bytes
@@ -203,5 +203,5 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _bad(what: str, got: object = None, allowed: object = None, fix: str | None = None) -> LoraKernelsError:
+def _bad(what: str, got: object = None, allowed: object = None, fix: str | None = None) -> LoraValueError:
     return LoraValueError(message(f"adapter_config.json: {what}", got, allowed, fix))

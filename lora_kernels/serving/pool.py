@@ -40,6 +40,7 @@ class AdapterPool:
 
         pool = AdapterPool(model, max_loras=64, max_rank=64)
         pool.load("sql", "path/to/peft_adapter_dir")
+        pool.load("legal", "path/to/another")
         with pool.batch(["sql", None, "legal"]):          # one adapter, or none, per sequence
             model.generate(**three_prompts)
 
@@ -50,8 +51,9 @@ class AdapterPool:
 
     Args:
         model: any module with `torch.nn.Linear` layers, already on its device. Do not move or convert it while the pool is open.
-        max_loras: adapters held at a time; when one more comes, the least recently used unpinned one goes. One slot more is allocated, so
-            that an adapter can be replaced, and a load can fail, without giving up another first.
+        max_loras: adapters held at a time. When one more comes, the least recently used unpinned one that no running batch holds goes, or,
+            where batches hold all, the least recently used unpinned one. One slot more is allocated, so that an adapter can be replaced,
+            and a load can fail, without giving up another first.
         max_rank: largest rank of any layer of any adapter. Memory: (max_loras + 1) * max_rank * (K + N) elements per layer; ranks below
             max_rank cost no time.
         dtype: of the adapters in memory; the layer's own when None. float32 is allowed on any model.

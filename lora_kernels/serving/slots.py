@@ -32,7 +32,7 @@ class Adapter:
 
 
 class Slots:
-    """Thread-safe. At most `max_loras` adapters by name, least recently used first."""
+    """Thread-safe. At most `max_loras` adapters by name, least recently used first: loaded, or acquired by name, longest ago."""
 
     def __init__(self, max_loras: int) -> None:
         self.max_loras = max_loras
@@ -59,7 +59,7 @@ class Slots:
             raise
 
     def publish(self, adapter: Adapter) -> None:
-        """From now on the name means this adapter. Replaces one of the same name, else evicts the least recently used in a full pool."""
+        """From now on the name means this adapter. Replaces one of the same name; else a full pool evicts its `_victim`."""
         with self._changed:
             if (old := self._by_name.get(adapter.name)) is not None:
                 adapter.pinned = old.pinned
@@ -71,6 +71,7 @@ class Slots:
             self.loads += 1
 
     def _victim(self) -> Adapter:
+        """The least recently used unpinned adapter that nobody holds; where all are held, the least recently used unpinned one."""
         unpinned = [a for a in self._by_name.values() if not a.pinned]
         if not unpinned:
             raise LoraValueError(message("the pool is full and every adapter is pinned", f"max_loras {self.max_loras}", fix="unpin or evict one"))

@@ -1,0 +1,95 @@
+"""What all ops share: running an implementation outside autocast, remembering it by signature, rows, seeds, refused transforms."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _checks
+from .._errors import LoraKernelsError, message
+from . import _registry
+
+MAX_SIGNATURES = 4096
+PLAIN = "compute this layer in plain PyTorch: F.linear(x, W, b) + s * F.linear(F.linear(x, A), B)"
+any_autocast = torch._C._is_any_autocast_enabled  # of any device: the quick question
+
+
+def autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def in_autocast_dtype(x, weight, bias):
+    """Under torch.autocast, operands in its dtype, as F.linear takes them; weight and bias also as lists."""
+    device = x.device.type
+    if not autocasts(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    if x.dtype is not dtype:
+        if not x.is_floating_point() or x.dtype is torch.float64:
+            return x, weight, bias
+        x = x.to(dtype)
+    return x, _to(weight, dtype), _to(bias, dtype)
+
+
+def _to(t, dtype: torch.dtype):
+    if isinstance(t, Tensor):
+        return t if t.dtype is dtype else t.to(dtype)
+    return [_to(each, dtype) for each in t] if isinstance(t, (list, tuple)) else t
+
+
+def outside_autocast(run: Callable, device_type: str, *args):
+    """`run(*args)` with the device's autocast off: dtypes are settled by now, and it must not touch the inner products."""
+    if not autocasts(device_type):
+        return run(*args)
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        return run(*args)
+    finally:
+        torch.set_autocast_enabled(device_type, True)
+
+
+def run_op(op: str, device_type: str, backend: str, strict: bool, args: tuple):
+    run = _registry.select(op, backend, strict, device_type, args)
+    return outside_autocast(run, device_type, *args)
+
+
+def keep(runs: dict, key: tuple, run: Callable, quiet: bool) -> Callable:
+    """`run`, remembered unless a reason was logged when it was decided."""
+    if quiet:
+        if len(runs) >= MAX_SIGNATURES:
+            runs.clear()
+        runs[key] = run
+    return run
+
+
+def dense(t: Tensor) -> Tensor:
+    """The matrix `t` with rows that are contiguous and lie apart, a copy where they do not: the only ones that every kernel reads.
+
+    y.sum().backward() gives a dy of one element, y.sum(0) one of one row, y.t() one by columns.
+    """
+    return t if (t.stride(1) == 1 and t.stride(0) != 0) or t.shape[1] == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
+def draw_seed(seed: int | Tensor | None, device: torch.device, op: str = "lora_linear") -> Tensor:
+    """A 1-element int64 seed on `device`: drawn from torch's generator when None, so manual_seed and checkpointing replay it."""
+    if seed is None:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    _checks.check_seed(op, seed)
+    if isinstance(seed, Tensor):
+        return seed.to(device).reshape(1)
+    seed = seed if isinstance(seed, int) else operator.index(seed)  # numpy's integers
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
+
+
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raise under a torch.func transform, and for tensors that carry a forward-mode derivative: the kernels know of neither."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise LoraKernelsError(message(f"{op}: no torch.func transforms (grad, vmap, jvp)", allowed="torch.autograd", fix=PLAIN))
+    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise LoraKernelsError(message(f"{op}: no forward-mode derivatives", allowed="backward", fix=PLAIN))

@@ -27,7 +27,7 @@ class LoraLinear(nn.Module):
         in_features, out_features: K and N.
         r: rank, at least 1.
         lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
-        lora_dropout: in [0, 1), on the low-rank branch's input, in training mode; 0.05 unless given, here and in `from_linear`.
+        lora_dropout: in [0, 1), on the low-rank branch's input, in training mode; 0 unless given, in `from_linear` 0.05.
         bias: whether the base layer has a (frozen) bias.
         dtype: of the base layer. The adapter is float32 where that is a 16-bit type, as in PEFT.
         backend: of the op: "auto", "cuda", "triton", "cpu" or "reference".
@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
         out_features: int,
         r: int = 16,
         lora_alpha: float = 32,
-        lora_dropout: float = 0.05,
+        lora_dropout: float = 0.0,
         bias: bool = True,
         use_rslora: bool = False,
         device: torch.device | str | None = None,

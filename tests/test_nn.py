@@ -52,10 +52,11 @@ def test_from_linear_starts_at_the_linear_layer_and_shares_it():
     assert not layer.lora_B.weight.any()
 
 
-def test_both_ways_to_a_layer_have_the_same_defaults():
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "backend", "scaling")
+def test_both_ways_to_a_layer_have_the_same_defaults_but_for_dropout():
+    names = ("r", "lora_alpha", "use_rslora", "backend", "scaling")
     direct, wrapped = lk.LoraLinear(4, 4), lk.LoraLinear.from_linear(nn.Linear(4, 4))
-    assert [getattr(direct, name) for name in names] == [getattr(wrapped, name) for name in names] == [16, 32, 0.05, False, "auto", 2.0]
+    assert [getattr(direct, name) for name in names] == [getattr(wrapped, name) for name in names] == [16, 32, False, "auto", 2.0]
+    assert (direct.lora_dropout, wrapped.lora_dropout) == (0.0, 0.05)
 
 
 def test_from_linear_keeps_mode_device_and_dtype():

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _device
-from .._checks import DTYPES
+from .._checks import DTYPES, LARGEST
 from .._errors import BackendError, message, warn_once
 from ..native.signature import unobserved_signature
 from ..native.state import snapshot, unchanged
@@ -181,8 +181,8 @@ def plain_operands(layer: Linear) -> str | Operands:
     scaling = layer.scaling[name]
     if not isinstance(scaling, (int, float)):
         return f"scaling is a {type(scaling).__name__}"
-    if scaling - scaling != 0:
-        return "scaling is not finite"
+    if not abs(scaling) <= LARGEST:
+        return "scaling is not finite in float32"
     (weight, bias), (lora_a, bias_a), (lora_b, lora_bias) = _tensors(base), _tensors(a), _tensors(b)
     if bias_a is not None:
         return "lora_A has a bias"

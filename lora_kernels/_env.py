@@ -88,8 +88,6 @@ def backends() -> dict[str, dict]:
         except LoraKernelsError as error:  # an environment variable that cannot be used
             module = str(error)
         why = module if isinstance(module, str) else _machine_lacks(name)
-        if why is None and not module.OPS:
-            why = "it has no ops yet"
         entry: dict = {"usable": why is None}
         if why is not None:
             why, _, fix = why.partition("; fix: ")  # what a message says itself is nearer to the reason

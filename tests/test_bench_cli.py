@@ -151,10 +151,11 @@ def test_full_disk_leaves_the_old_file_and_no_half_one(quick, monkeypatch, tmp_p
     assert (tmp_path / "linear.json").read_text() == "{}"
 
 
-def test_reader_that_goes_away(tmp_path):
-    """`lora-kernels env --json | head -1`; rich sees to the tables itself."""
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["tables", "json"])
+def test_reader_that_goes_away(option):
+    """`lora-kernels env | head -1`."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "lora_kernels", "env", "--json"], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "lora_kernels", "env", *option], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

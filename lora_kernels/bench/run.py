@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from .. import _device
+from .._console import console
 from .._errors import LoraValueError, message
 from . import arguments, contestants, contestants_batched, files, plots, provenance, records, report, roofs, shapes, steps
 from .measure import measure
@@ -120,7 +121,7 @@ def _only_draw(folder: Path, out: Console) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
-    out = report.console()
+    out = console()
     if args.plots:
         return _only_draw(args.plots, out)
     device = arguments.device(args.device)

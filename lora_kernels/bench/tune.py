@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .._console import console
 from .._errors import LoraValueError, message
 from ..tuning import store
-from . import arguments, provenance, report, shapes
+from . import arguments, provenance, shapes
 from .files import check_writable, write_whole
 
 DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
@@ -133,7 +134,7 @@ def _compile(device: torch.device, quick: bool, jobs: list[dict], processes: int
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
-    out = report.console()
+    out = console()
     device = arguments.device(args.device)
     if device.type != "cuda" and (args.quick or args.compile):
         raise LoraValueError(message("--quick and --compile are for GPUs", device.type, "cuda", "name --size and --tokens instead"))

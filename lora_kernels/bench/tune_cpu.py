@@ -31,9 +31,7 @@ class CpuTarget:
 
     def missing(self) -> str | None:
         found = _registry.provider("cpu")
-        if isinstance(found, str):
-            return found
-        return None if "lora_linear_fwd" in found.OPS else "the CPU engine has no lora_linear yet"
+        return found if isinstance(found, str) else None
 
     def head(self) -> dict[str, str]:
         return {"isa": _registry.provider("cpu").isa()}

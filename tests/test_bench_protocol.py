@@ -195,7 +195,7 @@ def _results(folder, ours: float = 120.0):
 
 def test_file_of_a_run_that_is_cut_off_is_whole_and_says_so(tmp_path):
     writer = records.Writer(tmp_path, "linear", {}, {})
-    writer.add({"case": 1})
+    writer.add({"case": vars(shapes.quick()[0][0]), "floor": {"us": 1, "bytes": 1}, "results": {}})
     assert records.read(tmp_path / "linear.json")["complete"] is False
     writer.close(clocks_after=None)
     assert records.read(tmp_path / "linear.json")["complete"] is True

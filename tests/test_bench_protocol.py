@@ -308,6 +308,14 @@ def test_figure_of_an_unknown_producer_is_an_error(tmp_path):
         figures.filled("<!-- figure cpu linear nonsense --><!-- /figure -->", tmp_path)
 
 
+@pytest.mark.parametrize("argv", [[], ["--check"]], ids=["write", "check"])
+def test_figures_without_pages(tmp_path, monkeypatch, capsys, argv):
+    """As from an installed package."""
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    assert figures.main(argv) == 2
+    assert "no page to fill" in capsys.readouterr().err
+
+
 def test_a_copy_without_git_is_told_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.commit() is None

@@ -179,6 +179,55 @@ def test_tuner_refuses_damaged_and_foreign_files(fake, tmp_path, text, words):
     assert fake.measured == [1, 2]
 
 
+@pytest.mark.parametrize("spoil", ["nested", "unreadable", "a folder"])
+def test_tuner_refuses_what_it_cannot_read(fake, monkeypatch, tmp_path, spoil):
+    if spoil == "a folder":
+        _table(tmp_path).mkdir()
+    else:
+        _table(tmp_path).write_text("[" * 100_000)
+    if spoil == "unreadable":
+
+        def fails(self, *args):
+            raise PermissionError(13, "no", str(self))
+
+        monkeypatch.setattr(type(tmp_path), "read_text", fails)
+    words = {
+        "nested": "is damaged; got RecursionError",
+        "unreadable": "is damaged; got PermissionError",
+        "a folder": "cannot be written; got a folder",
+    }
+    with pytest.raises(lk.LoraValueError, match=rf"test.json {words[spoil]}.*; fix: "):
+        tune.main(ARGS)
+    assert fake.measured == []
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--size", "8x8", "--model", "qwen3-8b"], "not allowed with"),
+        (["--quick", "--model", "qwen3-8b"], "--quick has its own layers"),
+        (["--compile", "2", "--again"], "--compile times and writes nothing"),
+        (["--compile", "2", "--ship"], "--compile times and writes nothing"),
+        (["--compile", "2", "--seconds", "9"], "--compile times and writes nothing"),
+    ],
+    ids=lambda v: v[0] if type(v) is list else "",
+)
+def test_options_of_which_one_would_go_unheard(fake, capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--device", "cpu", *argv])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert fake.measured == []
+
+
+def test_one_rank_on_a_cpu(fake):
+    with pytest.raises(lk.LoraValueError, match="--rank: .*; got 8, 16; allowed: one rank"):
+        tune.main([*ARGS, "--rank", "8", "--rank", "16"])
+    assert fake.measured == []
+    assert tune.main([*ARGS, "--rank", "8"]) == 0
+    assert fake.measured == [1, 2]
+
+
 def test_no_problem_starts_after_its_seconds(fake, tmp_path, capsys):
     assert tune.main([*ARGS, "--seconds", "0"]) == 0
     assert fake.measured == []
@@ -340,6 +389,25 @@ BAD_ROWS = {
     "other-dtype": ("avx2", [{**ROW, "dtype": "int8", "forms": [[1, "torch"]]}], "a row cannot be used"),
     "size-nan": ("avx2", [{**ROW, "K": float("nan"), "forms": [[1, "torch"]]}], "a row cannot be used"),
 }
+
+
+@pytest.mark.parametrize("rows", [rows for _, rows, words in BAD_ROWS.values() if rows] + [[{**ROW, "forms": 3}], [3], 3], ids=str)
+def test_tuner_refuses_rows_that_the_lookup_would_refuse(tmp_path, rows):
+    target, path = tune.target(torch.device("cpu")), tmp_path / "table.json"
+    if target.missing():
+        pytest.skip(target.missing())
+    path.write_text(json.dumps({**target.head(), "rows": rows}))
+    with pytest.raises(lk.LoraValueError, match="is damaged; got .*; fix: move it away"):
+        tune.TableFile(path, target, again=False)
+
+
+@pytest.mark.parametrize("entries", [entries for _, entries, _ in BAD.values() if entries] + [[3], 3], ids=lambda v: str(v)[:60])
+def test_tuner_refuses_entries_that_the_lookup_would_refuse(monkeypatch, tmp_path, entries):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"device": "Test GPU", "entries": entries}))
+    with pytest.raises(lk.LoraValueError, match="is damaged; got .*; fix: move it away"):
+        tune.TableFile(path, tune_gpu.GpuTarget(torch.device("cuda")), again=False)
 
 
 @pytest.mark.parametrize("isa, rows, words", BAD_ROWS.values(), ids=BAD_ROWS)

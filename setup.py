@@ -1,6 +1,7 @@
 """Builds the package; see pyproject.toml.
 
-The native module `lora_kernels._C` is optional: without a compiler the wheel installs and PyTorch serves.
+The native module `lora_kernels._C` is optional: without a compiler the wheel installs and PyTorch serves. A build variable that cannot be
+followed (LORA_KERNELS_CUDA, LORA_KERNELS_ARCHS) ends the build.
 """
 
 import sys
@@ -22,6 +23,8 @@ class BuildNative(build_ext):
             native_build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), folder)
         except native_build.CannotBuild as why:
             print(f"lora_kernels: the native module is not built: {why}", file=sys.stderr)
+        except native_build.BadSetting as why:
+            sys.exit(f"lora_kernels: {why}")
 
 
 setup(ext_modules=[Extension("lora_kernels._C", sources=[], optional=True)], cmdclass={"build_ext": BuildNative})

@@ -27,7 +27,11 @@ _X86 = ("x86_64", "amd64")
 
 
 class CannotBuild(Exception):
-    """Why the native module is not built."""
+    """Why the native module is not built; an install goes on without it."""
+
+
+class BadSetting(Exception):
+    """A build variable has no such value, or asks for what is not here: an install stops, or a typo would cost the module unseen."""
 
 
 @dataclass
@@ -114,7 +118,7 @@ def _escape(text: str) -> str:
 def write_ninja(units: list[Unit], link: list[str], target: Path, build_dir: Path) -> None:
     lines = ["ninja_required_version = 1.5", "rule compile", "  command = $cmd -MMD -MF $out.d -c $in -o $out $log"]
     lines += ["  deps = gcc", "  depfile = $out.d"]
-    lines += ["rule link", "  command = $cmd $in -o $out $libs"]
+    lines += ["rule link", "  command = $cmd $in -o $out.part $libs && mv -f $out.part $out"]  # whole: a process may have it loaded
     objects = []
     for unit in units:
         objects.append(_escape(str(build_dir / f"{unit.source.stem}.o")))
@@ -136,7 +140,8 @@ def build(target: Path, build_dir: Path) -> None:
         raise CannotBuild("pybind11 is not installed; fix: pip install pybind11, or pip install without --no-build-isolation") from None
     build_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    parts = [p for p in (cpu_part(), cuda_part(build_dir)) if p is not None]
+    cuda = cuda_part(build_dir)  # first: it checks the variables, which a missing compiler must not hide
+    parts = [cpu_part(), *([cuda] if cuda else [])]
     units = [unit for part in parts for unit in part.units] + bindings([d for part in parts for d in part.defines])
     write_ninja(units, [flag for part in parts for flag in part.link], target, build_dir)
     run = subprocess.run([ninja(), "-C", str(build_dir)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -154,5 +159,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except CannotBuild as why:
+    except (BadSetting, CannotBuild) as why:
         sys.exit(f"native_build: {why}")

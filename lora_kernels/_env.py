@@ -25,6 +25,7 @@ PREFIX = "LORA_KERNELS_"
 AT_RUN_TIME = tuple(PREFIX + name for name in ("BACKEND", "STRICT", "CPU_ISA", "BATCH_INVARIANT", "CHECK_IDS", "CACHE"))
 ELSEWHERE = ("CUDA", "ARCHS", "COMMIT", "EMULATE", "ORACLES", "BENCH_UNSLOTH", "FAILURES", "TEST_SECONDS")  # builds, tests, benchmarks
 KNOWN = (*AT_RUN_TIME, *(PREFIX + name for name in ELSEWHERE), "TRITON_INTERPRET")
+NVCC = "12.5"  # the oldest: OLDEST of csrc/cuda/native_build_cuda.py, which no wheel holds
 NATIVE_FIX = "reinstall from source where a C++ compiler is found: pip install --force-reinstall --no-deps ."
 
 
@@ -67,7 +68,7 @@ def _fix(backend: str) -> str:
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         return gpu_missing()[1]
     if backend == "cuda":
-        return "build on a machine with nvcc 12.8 or newer: pip install --force-reinstall --no-deps ."
+        return f"build on a machine with nvcc {NVCC} or newer: pip install --force-reinstall --no-deps ."
     return NATIVE_FIX
 
 
@@ -87,8 +88,6 @@ def backends() -> dict[str, dict]:
         except LoraKernelsError as error:  # an environment variable that cannot be used
             module = str(error)
         why = module if isinstance(module, str) else _machine_lacks(name)
-        if why is None and not module.OPS:
-            why = "it has no ops yet"
         entry: dict = {"usable": why is None}
         if why is not None:
             why, _, fix = why.partition("; fix: ")  # what a message says itself is nearer to the reason

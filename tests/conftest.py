@@ -14,6 +14,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers of several threads ea
 import pytest
 import torch
 
+# What a user has set for the package is not what the tests are about; these are for the tests themselves.
+for _name in [name for name in os.environ if name.startswith("LORA_KERNELS_")]:
+    if _name.removeprefix("LORA_KERNELS_") not in ("EMULATE", "ORACLES", "FAILURES", "TEST_SECONDS"):
+        del os.environ[_name]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() or os.environ.get("LORA_KERNELS_EMULATE") == "1":

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lora_kernels import cli
+from lora_kernels._errors import LoraValueError
 from lora_kernels.bench import records, roofs, run, shapes
 
 CASE = shapes.Case("tiny", "q", 4, 8, 8, 2)
@@ -73,6 +74,7 @@ def test_nothing_to_draw(tmp_path, capsys, what):
 
 BAD = {
     "no threads": (["--threads", "0"], "0 is not at least 1"),
+    "threads of no machine": (["--threads", "1000000000000"], "1000000000000 is above 4096"),
     "no time": (["--minutes", "0"], "0 is not above 0"),
     "time that runs backwards": (["--minutes", "-1"], "-1 is not above 0"),
     "time that is no number": (["--minutes", "nan"], "nan is not above 0"),
@@ -123,6 +125,84 @@ def test_results_without_results(tmp_path, content):
         records.read_folder(tmp_path)
 
 
+DAMAGED = {
+    "empty": {},
+    "no case": {"results": {}},
+    "a case of no kind": {"case": {"M": 1}, "results": {}},
+    "tokens in words": {"case": vars(CASE) | {"M": "many"}, "floor": {"us": 1.0, "bytes": 1}, "results": {}},
+    "no floor": {"case": vars(CASE), "results": {}},
+    "no quantiles": {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": {"ours": {"us": 1.0}}},
+    "a list of results": {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": [1]},
+}
+
+
+@pytest.mark.parametrize("record", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_record_is_named(tmp_path, capsys, record):
+    whole = {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": {}}
+    data = {"schema": records.SCHEMA, "suite": "linear", "provenance": {}, "records": [whole, record]}
+    (tmp_path / "linear.json").write_text(json.dumps(data))
+    assert cli.main(["bench", "--plots", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "linear.json is damaged; got records[1]" in err
+    assert err.count("\n") == 1
+
+
+def test_nested_without_end(tmp_path):
+    (tmp_path / "linear.json").write_text("[" * 100_000)
+    with pytest.raises(LoraValueError, match=r"linear.json cannot be read; got RecursionError"):
+        records.read_folder(tmp_path)
+
+
+def test_layer_larger_than_memory_is_found_before_anything_is_measured(quick, tmp_path, capsys):
+    argv = ["bench", "--size", "8x8", "--size", "10000000x10000000", "--suite", "linear", "--out", str(tmp_path)]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert "10000000x10000000" in err
+    assert "does not fit into memory; got 1.86e+05 GiB; allowed: " in err
+    assert quick.measured == []
+
+
+def test_folder_in_the_place_of_the_results_file(quick, tmp_path, capsys):
+    (tmp_path / "linear.json").mkdir()
+    assert quick() == 2
+    assert "linear.json cannot be written; got a folder; allowed: a file" in capsys.readouterr().err
+    assert quick.measured == []
+
+
+@pytest.mark.parametrize("how", ["time", "ctrl-c"])
+@pytest.mark.parametrize("before", ["complete", "incomplete", "damaged", "nothing"])
+def test_run_that_is_cut_off_takes_the_place_of_no_complete_one(quick, monkeypatch, tmp_path, capsys, how, before):
+    path, part = tmp_path / "linear.json", tmp_path / "linear.part.json"
+    if before != "nothing":
+        data = {"schema": records.SCHEMA, "suite": "linear", "complete": before == "complete", "provenance": {}, "records": []}
+        path.write_text("{" if before == "damaged" else json.dumps(data))
+    old = path.read_bytes() if path.exists() else None
+    monkeypatch.setitem(run.GRIDS, "quick", lambda: ([CASE] * 3, []))
+    first, clock = run._measure, []
+
+    def measure(*args):
+        clock.append(1e9)
+        if how == "ctrl-c" and len(clock) == 2:
+            raise KeyboardInterrupt
+        return first(*args)
+
+    monkeypatch.setattr(run, "_measure", measure)
+    monkeypatch.setattr(run.time, "monotonic", lambda: sum(clock))
+    assert quick(*(["--minutes", "1"] if how == "time" else [])) == (0 if how == "time" else 130)
+    assert "after 1 of 3 cases" in (out := capsys.readouterr().out)
+    kept = part if before == "complete" else path
+    assert str(kept) in out
+    assert (len(json.loads(kept.read_text())["records"]), json.loads(kept.read_text())["complete"]) == (1, False)
+    assert [p.name for p in sorted(tmp_path.glob("*.json"))] == ["linear.json"] + ["linear.part.json"] * (before == "complete")
+    if before == "complete":
+        assert path.read_bytes() == old
+        assert "beside the complete linear.json of an earlier run" in out
+    monkeypatch.setattr(run, "_measure", first)
+    assert quick() == 0
+    assert (len(records.read(path)["records"]), records.read(path)["complete"]) == (3, True)
+    assert not part.exists()
+
+
 def test_time_that_is_over_before_the_first_case_costs_no_old_result(quick, tmp_path, capsys):
     (tmp_path / "linear.json").write_text(json.dumps({"schema": records.SCHEMA, "suite": "linear", "provenance": {}, "records": []}))
     before = (tmp_path / "linear.json").read_bytes()
@@ -151,10 +231,11 @@ def test_full_disk_leaves_the_old_file_and_no_half_one(quick, monkeypatch, tmp_p
     assert (tmp_path / "linear.json").read_text() == "{}"
 
 
-def test_reader_that_goes_away(tmp_path):
-    """`lora-kernels env --json | head -1`; rich sees to the tables itself."""
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["tables", "json"])
+def test_reader_that_goes_away(option):
+    """`lora-kernels env | head -1`."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "lora_kernels", "env", "--json"], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "lora_kernels", "env", *option], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

@@ -195,7 +195,7 @@ def _results(folder, ours: float = 120.0):
 
 def test_file_of_a_run_that_is_cut_off_is_whole_and_says_so(tmp_path):
     writer = records.Writer(tmp_path, "linear", {}, {})
-    writer.add({"case": 1})
+    writer.add({"case": vars(shapes.quick()[0][0]), "floor": {"us": 1, "bytes": 1}, "results": {}})
     assert records.read(tmp_path / "linear.json")["complete"] is False
     writer.close(clocks_after=None)
     assert records.read(tmp_path / "linear.json")["complete"] is True
@@ -306,6 +306,14 @@ def test_figure_without_results_says_so(tmp_path):
 def test_figure_of_an_unknown_producer_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="unknown figure"):
         figures.filled("<!-- figure cpu linear nonsense --><!-- /figure -->", tmp_path)
+
+
+@pytest.mark.parametrize("argv", [[], ["--check"]], ids=["write", "check"])
+def test_figures_without_pages(tmp_path, monkeypatch, capsys, argv):
+    """As from an installed package."""
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    assert figures.main(argv) == 2
+    assert "no page to fill" in capsys.readouterr().err
 
 
 def test_a_copy_without_git_is_told_its_commit(tmp_path, monkeypatch):

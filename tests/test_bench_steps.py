@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from lora_kernels._console import console
 from lora_kernels.bench import records, report, steps
 
 pytest.importorskip("peft")
@@ -76,7 +77,7 @@ def test_wrong_gradients_are_refused(monkeypatch):
 def test_record_is_written_and_printed(record, tmp_path, capsys):
     writer = records.Writer(tmp_path, "steps", {}, {})
     writer.add(record)
-    report.print_record(report.console(), "steps", records.read(tmp_path / "steps.json")["records"][0])
+    report.print_record(console(), "steps", records.read(tmp_path / "steps.json")["records"][0])
     text = capsys.readouterr().out
     assert "tokens/s" in text
     assert "ours_low" in text

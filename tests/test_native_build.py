@@ -1,4 +1,4 @@
-"""csrc/native_build.py without a C++ compiler: one clear reason, no module, and an install that goes on without it."""
+"""csrc/native_build.py: without a C++ compiler an install goes on without the module, with a wrong build variable it stops; both say why."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from lora_kernels import _env
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(monkeypatch, path: str):
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def native_build(monkeypatch):
-    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "native_build.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "native_build", module)
-    spec.loader.exec_module(module)
+    module = load(monkeypatch, "csrc/native_build.py")
     monkeypatch.setattr(module, "cuda_part", lambda build_dir: None)
     return module
 
@@ -65,10 +73,52 @@ def test_cxx_may_carry_arguments(native_build, monkeypatch):
     assert native_build.compiler() == ["ccache", "clang++"]
 
 
-def test_setup_goes_on_without_the_module(tmp_path):
+def test_a_module_in_use_is_replaced_not_written_over(native_build, monkeypatch, tmp_path):
+    pytest.importorskip("ninja")
+    linker, target = tmp_path / "linker", tmp_path / "_C.so"
+    monkeypatch.setenv("CXX", str(linker))
+    target.write_text("old")
+    with target.open() as in_use:
+        for code, left in ((1, "old"), (0, "new")):
+            linker.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nprintf new > "$2"\nexit {code}\n')
+            linker.chmod(0o755)
+            native_build.write_ninja([], [], target, tmp_path)
+            done = subprocess.run([native_build.ninja(), "-C", tmp_path], capture_output=True, text=True)
+            assert (bool(done.returncode), target.read_text()) == (bool(code), left), done.stdout
+        assert in_use.read() == "old"
+
+
+def setup_py(tmp_path, **variables: str) -> subprocess.CompletedProcess:
     pytest.importorskip("setuptools")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "tmp")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CXX": "/nonexistent/c++"}, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "CXX": "/nonexistent/c++", **variables}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name, value, allowed", [("CUDA", "yes", "0, 1, auto"), ("ARCHS", "90", "90a")], ids=["cuda", "archs"])
+def test_setup_stops_at_a_variable_that_it_cannot_follow(tmp_path, name, value, allowed):
+    """Also where the module could not be built anyway."""
+    done = setup_py(tmp_path, **{f"LORA_KERNELS_{name}": value})
+    assert done.returncode == 1
+    assert f"lora_kernels: LORA_KERNELS_{name} " in done.stderr
+    assert f"{value!r}; allowed: {allowed}; fix: ".replace("'90'", "90") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("version, got", [(None, "no nvcc found"), ((12, 4), "nvcc 12.4")], ids=["none", "old"])
+def test_cuda_that_is_asked_for_and_cannot_be_built_stops_the_build(native_build, monkeypatch, tmp_path, version, got):
+    cuda = load(monkeypatch, "csrc/cuda/native_build_cuda.py")
+    monkeypatch.setattr(cuda, "nvcc", lambda: version and "nvcc")
+    monkeypatch.setattr(cuda, "version", lambda compiler: version)
+    monkeypatch.setattr(native_build, "cuda_part", cuda.part)
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "1")
+    with pytest.raises(native_build.BadSetting, match=f"got {got}; allowed: {_env.NVCC} or newer; fix: "):
+        native_build.build(tmp_path / "_C.so", tmp_path / "build")
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "auto")
+    assert cuda.part(tmp_path) is None
+
+
+def test_setup_goes_on_without_the_module(tmp_path):
+    done = setup_py(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the native module is not built" in done.stderr
     assert not list(tmp_path.rglob("_C*.so"))

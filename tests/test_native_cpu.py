@@ -303,8 +303,9 @@ def _child(value: str) -> subprocess.CompletedProcess:
 
 
 def test_isa_override():
-    assert _child("portable").stdout.split() == ["None", "portable"]
-    wrong = _child("avx9000")
+    for value, found in ((" Portable\n", "portable"), (" ", ISAS[0])):
+        assert _child(value).stdout.split() == ["None", found]
+    wrong = _child("port able")
     assert wrong.returncode
     assert "LORA_KERNELS_CPU_ISA" in wrong.stderr
     assert "allowed: " + ", ".join(ISAS) in wrong.stderr

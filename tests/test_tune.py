@@ -179,6 +179,55 @@ def test_tuner_refuses_damaged_and_foreign_files(fake, tmp_path, text, words):
     assert fake.measured == [1, 2]
 
 
+@pytest.mark.parametrize("spoil", ["nested", "unreadable", "a folder"])
+def test_tuner_refuses_what_it_cannot_read(fake, monkeypatch, tmp_path, spoil):
+    if spoil == "a folder":
+        _table(tmp_path).mkdir()
+    else:
+        _table(tmp_path).write_text("[" * 100_000)
+    if spoil == "unreadable":
+
+        def fails(self, *args):
+            raise PermissionError(13, "no", str(self))
+
+        monkeypatch.setattr(type(tmp_path), "read_text", fails)
+    words = {
+        "nested": "is damaged; got RecursionError",
+        "unreadable": "is damaged; got PermissionError",
+        "a folder": "cannot be written; got a folder",
+    }
+    with pytest.raises(lk.LoraValueError, match=rf"test.json {words[spoil]}.*; fix: "):
+        tune.main(ARGS)
+    assert fake.measured == []
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--size", "8x8", "--model", "qwen3-8b"], "not allowed with"),
+        (["--quick", "--model", "qwen3-8b"], "--quick has its own layers"),
+        (["--compile", "2", "--again"], "--compile times and writes nothing"),
+        (["--compile", "2", "--ship"], "--compile times and writes nothing"),
+        (["--compile", "2", "--seconds", "9"], "--compile times and writes nothing"),
+    ],
+    ids=lambda v: v[0] if type(v) is list else "",
+)
+def test_options_of_which_one_would_go_unheard(fake, capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--device", "cpu", *argv])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert fake.measured == []
+
+
+def test_one_rank_on_a_cpu(fake):
+    with pytest.raises(lk.LoraValueError, match="--rank: .*; got 8, 16; allowed: one rank"):
+        tune.main([*ARGS, "--rank", "8", "--rank", "16"])
+    assert fake.measured == []
+    assert tune.main([*ARGS, "--rank", "8"]) == 0
+    assert fake.measured == [1, 2]
+
+
 def test_no_problem_starts_after_its_seconds(fake, tmp_path, capsys):
     assert tune.main([*ARGS, "--seconds", "0"]) == 0
     assert fake.measured == []
@@ -211,7 +260,7 @@ CUDA = {"implementation": "cuda", "form": "tma", "block_m": 128, "block_n": 192,
 @pytest.fixture
 def lookups(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-    caches = (store.tables, cpu._rows, cpu.form, _errors.warn_once)
+    caches = (store.tables, cpu._tables, cpu.form, _errors.warn_once)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path
@@ -268,7 +317,66 @@ def _cpu_table(folder, rows, isa="avx2"):
 def test_cpu_forms_come_from_the_users_table(lookups, monkeypatch):
     monkeypatch.setattr(cpu, "_isa", "avx2")
     _cpu_table(lookups, [{**ROW, "forms": [[1, "in_place"], [64, "torch"]]}])
-    assert [cpu.FORMS[cpu.form("fwd", 0, M, 32, 64)] for M in (1, 2, 500)] == ["in_place", "in_place", "torch"]
+    assert [cpu.FORMS[cpu.form("fwd", 0, M, 32, 64)] for M in (1, 2, 200)] == ["in_place", "in_place", "torch"]
+
+
+def test_users_rows_go_before_the_shipped_ones_and_hide_no_other(lookups, monkeypatch):
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    monkeypatch.setattr(store, "SHIPPED", lookups / "shipped")
+    store.SHIPPED.mkdir()
+    _cpu_table(lookups, [{**ROW, "forms": [[4, "torch"]]}])
+    _cpu_table(store.SHIPPED, [{**ROW, "forms": [[1, "panels"], [64, "in_place"]]}, {**ROW, "N": 5000, "forms": [[4, "panels"]]}])
+    at = lambda M, N: cpu.FORMS[cpu.form("fwd", 0, M, N, 64)]
+    assert [at(4, 32), at(64, 32), at(4, 5000)] == ["torch", "in_place", "panels"]
+
+
+@pytest.mark.parametrize(
+    "M, N, K, near",
+    [
+        (64, 128, 64, True),
+        (64, 129, 64, False),
+        (64, 8, 64, True),
+        (64, 7, 64, False),
+        (64, 32, 256, True),
+        (64, 32, 257, False),
+        (64, 32, 16, True),
+        (64, 32, 15, False),
+        (64, 64, 129, False),
+        (64, 8, 256, True),
+        (64, 4, 512, False),
+        (256, 32, 64, True),
+        (257, 32, 64, False),
+        (16, 32, 64, True),
+        (15, 32, 64, False),
+    ],
+)
+def test_a_row_speaks_for_what_is_within_a_factor_of_4(lookups, monkeypatch, M, N, K, near):
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    monkeypatch.setattr(store, "SHIPPED", lookups / "none")
+    _cpu_table(lookups, [{**ROW, "forms": [[64, "torch"]]}])
+    assert (cpu.FORMS[cpu.form("fwd", 0, M, N, K)] == "torch") == near
+
+
+def test_a_row_of_many_rows_speaks_for_all_above(lookups, monkeypatch):
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    monkeypatch.setattr(store, "SHIPPED", lookups / "none")
+    _cpu_table(lookups, [{**ROW, "forms": [[1024, "torch"], [2048, "in_place"]]}])
+    assert [cpu.FORMS[cpu.form("fwd", 0, M, 32, 64)] for M in (255, 256, 1024, 100_000)] == ["panels", "torch", "torch", "in_place"]
+
+
+@pytest.mark.parametrize("op, K, last", [("fwd", 129, 32), ("fwd", 128, 15), ("fwd", 64, 15), ("bwd", 64, 2)])
+def test_rule_of_thumb(lookups, monkeypatch, op, K, last):
+    """Up to so many rows the weight is read in place."""
+    monkeypatch.setattr(store, "SHIPPED", lookups / "none")
+    assert [cpu.FORMS[cpu.form(op, 0, M, 4096, K)] for M in (last, last + 1)] == ["in_place", "panels"]
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16"])
+def test_no_shipped_row_speaks_for_short_rows_of_the_weight(lookups, monkeypatch, isa):
+    """(1536, 576) was measured, and N * K of (4096, 64) is within 4 of it."""
+    monkeypatch.setattr(cpu, "_isa", isa)
+    assert cpu.FORMS[cpu.form("fwd", 1, 16, 1536, 576)] == ("in_place" if isa == "avx512_bf16" else "panels")
+    assert [cpu.FORMS[cpu.form("fwd", dtype, 16, 4096, 64)] for dtype in (0, 1)] == ["panels", "panels"]
 
 
 BAD_ROWS = {
@@ -281,6 +389,25 @@ BAD_ROWS = {
     "other-dtype": ("avx2", [{**ROW, "dtype": "int8", "forms": [[1, "torch"]]}], "a row cannot be used"),
     "size-nan": ("avx2", [{**ROW, "K": float("nan"), "forms": [[1, "torch"]]}], "a row cannot be used"),
 }
+
+
+@pytest.mark.parametrize("rows", [rows for _, rows, words in BAD_ROWS.values() if rows] + [[{**ROW, "forms": 3}], [3], 3], ids=str)
+def test_tuner_refuses_rows_that_the_lookup_would_refuse(tmp_path, rows):
+    target, path = tune.target(torch.device("cpu")), tmp_path / "table.json"
+    if target.missing():
+        pytest.skip(target.missing())
+    path.write_text(json.dumps({**target.head(), "rows": rows}))
+    with pytest.raises(lk.LoraValueError, match="is damaged; got .*; fix: move it away"):
+        tune.TableFile(path, target, again=False)
+
+
+@pytest.mark.parametrize("entries", [entries for _, entries, _ in BAD.values() if entries] + [[3], 3], ids=lambda v: str(v)[:60])
+def test_tuner_refuses_entries_that_the_lookup_would_refuse(monkeypatch, tmp_path, entries):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"device": "Test GPU", "entries": entries}))
+    with pytest.raises(lk.LoraValueError, match="is damaged; got .*; fix: move it away"):
+        tune.TableFile(path, tune_gpu.GpuTarget(torch.device("cuda")), again=False)
 
 
 @pytest.mark.parametrize("isa, rows, words", BAD_ROWS.values(), ids=BAD_ROWS)

@@ -3,6 +3,7 @@
 #include <cpuid.h>
 #endif
 #include <atomic>
+#include <cctype>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -48,6 +49,16 @@ const Kernels* find(const std::string& name, const char* asked_by) {
                               "; fix: unset it or name one of these");
 }
 
+// LORA_KERNELS_CPU_ISA without blanks around it and in lower case, as LORA_KERNELS_BACKEND is read.
+std::string asked() {
+  const char* value = std::getenv("LORA_KERNELS_CPU_ISA");
+  std::string name = value ? value : "";
+  for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  const auto blank = " \t\r\n";
+  const size_t first = name.find_first_not_of(blank);
+  return first == std::string::npos ? "" : name.substr(first, name.find_last_not_of(blank) + 1 - first);
+}
+
 std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
@@ -61,8 +72,8 @@ std::vector<std::string> isas() {
 const Kernels& kernels() {
   const Kernels* k = chosen.load(std::memory_order_acquire);
   if (!k) {
-    const char* name = std::getenv("LORA_KERNELS_CPU_ISA");
-    k = name && *name ? find(name, "LORA_KERNELS_CPU_ISA") : supported().front();
+    const std::string name = asked();
+    k = name.empty() ? supported().front() : find(name, "LORA_KERNELS_CPU_ISA");
     chosen.store(k, std::memory_order_release);
   }
   return *k;

@@ -15,14 +15,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ARCHS = ("90a",)
-OLDEST = (12, 5)  # cudaGetDriverEntryPointByVersion
+OLDEST = (12, 5)  # cudaGetDriverEntryPointByVersion; the PTX would do with 8.3
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 
 
 def wanted() -> str:
     value = os.environ.get("LORA_KERNELS_CUDA", "").strip().lower() or "auto"
     if value not in ("0", "1", "auto"):
-        raise _cannot(f"LORA_KERNELS_CUDA is {value!r}; allowed: 0, 1, auto")
+        raise _bad(f"LORA_KERNELS_CUDA is no choice; got {value!r}; allowed: 0, 1, auto; fix: unset it or name one of these")
     return value
 
 
@@ -30,7 +30,8 @@ def archs() -> list[str]:
     named = [a.strip() for a in os.environ.get("LORA_KERNELS_ARCHS", "").split(",") if a.strip()] or list(ARCHS)
     unknown = sorted(set(named) - set(ARCHS))
     if unknown:
-        raise _cannot(f"LORA_KERNELS_ARCHS names {', '.join(unknown)}; allowed: {', '.join(ARCHS)}; other GPUs use the Triton kernels")
+        fix = "unset it, other GPUs use the Triton kernels"
+        raise _bad(f"LORA_KERNELS_ARCHS names what no kernel is for; got {', '.join(unknown)}; allowed: {', '.join(ARCHS)}; fix: {fix}")
     return named
 
 
@@ -83,12 +84,13 @@ def part(build_dir: Path):
     import pybind11
     from native_build import Part, Unit
 
-    mode = wanted()
+    mode, _ = wanted(), archs()
     compiler = None if mode == "0" else nvcc()
     if compiler is None or version(compiler) < OLDEST:
         if mode == "1":
             got = "no nvcc found" if compiler is None else "nvcc {}.{}".format(*version(compiler))
-            raise _cannot(f"{got}; LORA_KERNELS_CUDA=1 needs nvcc 12.5 or newer; fix: set NVCC or CUDA_HOME, or LORA_KERNELS_CUDA=0")
+            oldest = "{}.{}".format(*OLDEST)
+            raise _bad(f"LORA_KERNELS_CUDA=1 needs nvcc; got {got}; allowed: {oldest} or newer; fix: set NVCC or CUDA_HOME, or LORA_KERNELS_CUDA=0")
         return None
     flags = command(compiler)
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
@@ -96,7 +98,7 @@ def part(build_dir: Path):
     return Part(kernel_units(compiler) + host, defines=["-DLORA_KERNELS_CUDA"], link=link_flags(compiler))
 
 
-def _cannot(why: str) -> Exception:
-    from native_build import CannotBuild
+def _bad(why: str) -> Exception:
+    from native_build import BadSetting
 
-    return CannotBuild(why)
+    return BadSetting(why)

@@ -11,12 +11,14 @@ from .. import _env
 from .._errors import LoraValueError, message
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], float]:
-    """For argparse: a number of at least `low`, not NaN."""
+def at_least(low: float, kind: type = int, most: float = float("inf")) -> Callable[[str], float]:
+    """For argparse: a number of at least `low` and at most `most`, not NaN."""
 
     def read(text: str) -> float:
         if not (value := kind(text)) >= low:
             raise argparse.ArgumentTypeError(f"{text} is not at least {low}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most}")
         return value
 
     read.__name__ = kind.__name__  # argparse: "invalid int value"

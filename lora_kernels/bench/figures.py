@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .._errors import message
 from . import records
 from .plots import LABELS
 from .provenance import ROOT
@@ -108,8 +109,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page differs from the results files")
     args = parser.parse_args(argv)
-    stale = []
-    for path in (ROOT / name for name in PAGES if (ROOT / name).is_file()):
+    pages, stale = [path for name in PAGES if (path := ROOT / name).is_file()], []
+    if not pages:
+        print(message(f"no page to fill in {ROOT}", allowed=", ".join(PAGES), fix="run it in a checkout"), file=sys.stderr)
+        return 2
+    for path in pages:
         page = path.read_text()
         new = filled(page, ROOT / "benchmarks" / "results")
         if new != page:

@@ -19,6 +19,12 @@ def check_writable(folder: Path, what: str, fix: str) -> None:
         raise LoraValueError(message(f"{what}: {folder} cannot be written to", error.strerror, "a folder of yours", fix)) from None
 
 
+def check_replaceable(path: Path, fix: str) -> None:
+    """Raises LoraValueError where `write_whole` would find anything but a file to replace."""
+    if path.exists() and not path.is_file():
+        raise LoraValueError(message(f"{path} cannot be written", "a folder" if path.is_dir() else "no regular file", "a file, or nothing yet", fix))
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace the file as a whole: readers never see half of it, and where it cannot be written the old one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)

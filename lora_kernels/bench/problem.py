@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._errors import LoraValueError, message
 from .shapes import Case
 
 SCALING = 2.0
@@ -28,6 +30,7 @@ class Operands:
 
 def operands(case: Case, device: torch.device, seed: int) -> Operands:
     """Random normal data, scaled so that base and update are of one size; never zeros, on which hardware runs faster."""
+    check_room(case, device)
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
@@ -57,6 +60,20 @@ def count_sets(case: Case, device: torch.device) -> int:
         wanted = ROTATE_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
     one = floor_bytes(case)
     return min(MAX_SETS, max(2, -(-wanted // one)))
+
+
+def check_room(case: Case, device: torch.device) -> None:
+    """Raises LoraValueError for operands and results larger than the device's memory: an allocator's own words name neither."""
+    need, have = floor_bytes(case), _memory(device)
+    if need > have:
+        got, allowed = (f"{size / 2**30:.3g} GiB" for size in (need, have))
+        raise LoraValueError(message(f"{case} does not fit into memory", got, allowed, "fewer features, tokens or ranks"))
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def adapters_used(case: Case) -> int:

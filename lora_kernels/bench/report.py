@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from functools import partial
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .. import _console
 from . import records
 from .problem import floor_flops
 from .shapes import Case
 from .timing import Ratio
 
-
-def console() -> Console:
-    """Colours and box lines on a terminal; plain text, wide enough not to fold, into a pipe or file."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170, no_color=True)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    return table
+_table = partial(_console.table, figures=True)
 
 
 def _us(value: float) -> str:

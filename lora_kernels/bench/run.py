@@ -12,12 +12,14 @@ import torch
 from rich.console import Console
 
 from .. import _device
+from .._console import console
 from .._errors import LoraValueError, message
-from . import arguments, contestants, contestants_batched, files, plots, provenance, records, report, roofs, shapes, steps
+from . import arguments, contestants, contestants_batched, files, plots, problem, provenance, records, report, roofs, shapes, steps
 from .measure import measure
 
 GRIDS = {"quick": shapes.quick, "cpu": shapes.cpu, "gpu": shapes.gpu, "full": shapes.full}
 BUDGET = {"quick": 0.7, "cpu": 2.0, "gpu": 0.6, "full": 1.0, "sizes": 1.0}  # seconds of timing per case
+MOST_THREADS = 4096  # beyond, OpenMP ends the process rather than say no
 MATPLOTLIB = "pip install matplotlib"
 MODELS = {"quick": (steps.QUICK,), "cpu": (steps.QUICK, steps.CPU), "gpu": (steps.GPU,), "full": (steps.GPU,)}
 
@@ -39,7 +41,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="folder for JSON and PNG; default benchmarks/results/<device> in a checkout, else ./lora-kernels-bench/<device>"
     )
-    parser.add_argument("--threads", type=arguments.at_least(1), help="CPU threads of torch")
+    parser.add_argument("--threads", type=arguments.at_least(1, most=MOST_THREADS), help="CPU threads of torch")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -120,7 +122,7 @@ def _only_draw(folder: Path, out: Console) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
-    out = report.console()
+    out = console()
     if args.plots:
         return _only_draw(args.plots, out)
     device = arguments.device(args.device)
@@ -129,43 +131,55 @@ def main(argv: list[str] | None = None) -> int:
     grid = "quick" if args.quick else "full" if args.full else "sizes" if args.size else "gpu" if device.type == "cuda" else "cpu"
     folder, suites = args.out or default_folder(device, grid), list(dict.fromkeys(args.suite))
     files.check_writable(folder, "--out", "name another one with --out")
+    for suite in suites:
+        files.check_replaceable(folder / f"{suite}.json", "move it away, or name another folder with --out")
     records.read_folder(folder, [suite for suite in records.SUITES if suite not in suites])  # a damaged one is better found before the work
+    dtype = args.dtype or ("float32" if roofs.slow_16_bit(device) else "bfloat16")
+    cases = {suite: _cases(suite, grid, dtype, args) for suite in suites}
+    if args.size:
+        for case in (case for suite in suites for case in cases[suite]):
+            problem.check_room(case, device)
     out.print(f"{provenance.device_name(device)}, {torch.get_num_threads()} CPU threads; every contestant is checked against float64 first")
     where = provenance.collect(device)
     ceilings = {"bytes_per_s": roofs.bandwidth(device), "flops_per_s": {d: roofs.flops(device, d) for d in ("bfloat16", "float32")}}
     tera = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in ceilings["flops_per_s"].items())
     out.print(f"ceilings measured here: {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, {tera}")
 
-    dtype = args.dtype or ("float32" if roofs.slow_16_bit(device) else "bfloat16")
     if not args.dtype and dtype == "float32":
         out.print("PyTorch has no fast 16-bit product here: most cases in float32 (--dtype bfloat16 forces the others)")
-    clock, cut, wrote = _Clock(args.minutes, suites), [], []
+    clock, cut, wrote, measured = _Clock(args.minutes, suites), [], [], {}
     for suite in suites:
         why = steps.missing() if suite == "steps" else None
         if why:
             out.print(f"{suite}: left out, {why}")
             continue
-        writer, cases, deadline = records.Writer(folder, suite, where, ceilings), _cases(suite, grid, dtype, args), clock.deadline(suite)
-        for done, case in enumerate(cases):
-            if time.monotonic() > deadline:
-                cut.append(f"{suite} after {done} of {len(cases)} cases")
-                break
-            record = _measure(suite, case, device, BUDGET[grid])
-            writer.add(record)
-            report.print_record(out, suite, record)
+        writer, deadline, every = records.Writer(folder, suite, where, ceilings), clock.deadline(suite), len(cases[suite])
+        try:
+            for done, case in enumerate(cases[suite]):
+                if time.monotonic() > deadline:
+                    cut.append(f"{suite} after {done} of {every} cases")
+                    break
+                record = _measure(suite, case, device, BUDGET[grid])
+                writer.add(record)
+                report.print_record(out, suite, record)
+        except KeyboardInterrupt:
+            if writer.data["records"]:
+                out.print(f"{suite} after {len(writer.data['records'])} of {every} cases: {writer.where()}")
+            raise
         if not writer.data["records"]:  # what an earlier run measured stays
             continue
-        wrote.append(writer.path)
-        writer.close(complete=len(writer.data["records"]) == len(cases), clocks_after=provenance.clocks(device))
-    report.print_end(out, records.read_folder(folder), suites)
+        writer.close(complete=len(writer.data["records"]) == every, clocks_after=provenance.clocks(device))
+        wrote.append(writer.where())
+        measured[suite] = writer.data
+    report.print_end(out, records.read_folder(folder) | measured, suites)
     if cut:
-        out.print(f"cut off by --minutes {args.minutes:g}: {'; '.join(cut)}; the files hold what was measured (complete: false)")
+        out.print(f"cut off by --minutes {args.minutes:g}: {'; '.join(cut)}; what was measured is kept (complete: false)")
     if _device.has_module("matplotlib"):
         for path in plots.draw(folder):
             out.print(f"wrote {path}")
     else:
         out.print(f"no plots: matplotlib is not installed ({MATPLOTLIB})")
-    out.print(f"wrote {', '.join(map(str, wrote))}" if wrote else "nothing was measured, nothing was written")
+    out.print(f"wrote {', '.join(wrote)}" if wrote else "nothing was measured, nothing was written")
     return 0
 
 

@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .._console import console
 from .._errors import LoraValueError, message
 from ..tuning import store
-from . import arguments, provenance, report, shapes
-from .files import check_writable, write_whole
+from . import arguments, provenance, shapes
+from .files import check_replaceable, check_writable, write_whole
 
 DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
 QUICK = {"size": [(4096, 4096), (4096, 14336), (14336, 4096)], "tokens": [8192], "rank": [16, 64]}  # q, gate_up and down of Llama-3-8B
@@ -71,6 +72,7 @@ class TableFile:
 
     def __init__(self, path: Path, tuned: Target, again: bool):
         self.path, self.tuned = path, tuned
+        check_replaceable(path, "move it away, or name another folder in LORA_KERNELS_CACHE")
         self.entries = self._read() if path.is_file() and not again else []
 
     def _read(self) -> list[dict]:
@@ -79,8 +81,9 @@ class TableFile:
             data = json.loads(self.path.read_text())
             owner = {key: data[key] for key in self.tuned.head()}
             entries = self.tuned.unpack(data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoraValueError(message(f"{self.path} is damaged", f"{type(error).__name__}: {error}", fix=fix)) from error
+        except store.DAMAGED as error:
+            got = f"{type(error).__name__}: {error}".partition("; fix: ")[0]
+            raise LoraValueError(message(f"{self.path} is damaged", got, fix=fix)) from error
         if owner != self.tuned.head():
             raise LoraValueError(message(f"{self.path} belongs to another device", owner, self.tuned.head(), fix))
         return entries
@@ -96,12 +99,13 @@ class TableFile:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lora-kernels tune", description="Measure which plan is fastest on this device, and remember it.")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--model", choices=sorted(shapes.MODELS), action="append", help=f"whose projections; default {', '.join(DEFAULT_MODELS)}")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", choices=sorted(shapes.MODELS), action="append", help=f"whose projections; default {', '.join(DEFAULT_MODELS)}")
+    which.add_argument(
         "--size", type=arguments.size, metavar="KxN", action="append", help="a projection from K to N features, instead of a model's; may be repeated"
     )
     parser.add_argument("--tokens", type=arguments.at_least(1), action="append", help="an M to measure; may be repeated")
-    parser.add_argument("--rank", type=arguments.at_least(1), action="append", help="an R to measure; may be repeated")
+    parser.add_argument("--rank", type=arguments.at_least(1), action="append", help="an R to measure; may be repeated on a GPU")
     parser.add_argument("--ship", action="store_true", help="write into the package (tuning/configs) instead of the user's cache folder")
     parser.add_argument("--quick", action="store_true", help="GPU: few large problems and Triton tiles")
     parser.add_argument(
@@ -115,6 +119,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--again", action="store_true", help="forget what the table holds and measure anew")
     args = parser.parse_args(argv)
+    if args.quick and args.model:
+        parser.error("--quick has its own layers: it goes with --size or alone, without --model")
+    if args.compile and (args.again or args.ship or args.seconds != float("inf")):
+        parser.error("--compile times and writes nothing: it goes without --again, --ship and --seconds")
     if args.quick:
         for name, default in QUICK.items():
             setattr(args, name, getattr(args, name) or default)
@@ -133,10 +141,13 @@ def _compile(device: torch.device, quick: bool, jobs: list[dict], processes: int
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
-    out = report.console()
+    out = console()
     device = arguments.device(args.device)
     if device.type != "cuda" and (args.quick or args.compile):
         raise LoraValueError(message("--quick and --compile are for GPUs", device.type, "cuda", "name --size and --tokens instead"))
+    if device.type != "cuda" and len(set(args.rank or ())) > 1:
+        got = ", ".join(map(str, args.rank))
+        raise LoraValueError(message("--rank: a CPU's forms hardly depend on the rank", got, "one rank on a CPU", "name one --rank"))
     tuned = target(device, args.quick)
     why = tuned.missing()
     if why:

@@ -88,6 +88,8 @@ class GpuTarget:
         return {"entries": entries}
 
     def unpack(self, data: dict) -> list[dict]:
+        for entry in data["entries"]:
+            store.read_entry(entry)
         return list(data["entries"])
 
     def jobs(self, sizes: list[tuple[int, int]], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict]:

@@ -1,7 +1,7 @@
 """The CPU plan: which form of the large product runs a (op, dtype, M, N, K).
 
-From the measured table of this instruction set (`configs/cpu_<isa>.json`, exact shape first, then the nearest in log space), else a rule of
-thumb. `lora-kernels tune --device cpu` measures a table for the user's machine (`store.user_folder`).
+From the measured tables of this instruction set, exact shape first, then the nearest in log space: the user's (`lora-kernels tune --device cpu`,
+`store.user_folder`), then the shipped one (`configs/cpu_<isa>.json`); else by a rule of thumb.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from . import store
 
 FORMS = ("in_place", "panels", "torch")  # lk::Form; torch: PyTorch computes the large product, the kernels the rank-R parts
 DTYPES = ("float32", "bfloat16", "float16")  # lk::Dtype
-NEAR = math.log(4)  # a table row speaks for shapes whose N * K is within this factor
+NEAR = math.log(4)  # a table row speaks for shapes whose N, K and N * K are within this factor, and for M within it of one that was measured
+LARGE = 1024  # rows; from here on the best form no longer depends on M
 
 _isa = ""
 _forced: str | None = None
@@ -33,13 +34,18 @@ def read_rows(path: Path, isa: str) -> list[dict]:
     content = json.loads(path.read_text())
     if content["isa"] != isa:
         raise LoraValueError(message("it belongs to another instruction set", repr(content["isa"]), repr(isa), "run `lora-kernels tune` here"))
-    for row in content["rows"]:
+    return checked(content["rows"])
+
+
+def checked(rows: list[dict]) -> list[dict]:
+    """The rows of a table, each of which can be used. Raises LoraValueError, or what a row of another structure raises."""
+    for row in rows:
         sizes, forms = (row["N"], row["K"], *(M for M, _ in row["forms"])), [form for _, form in row["forms"]]
         named = row["op"] in ("fwd", "bwd") and row["dtype"] in DTYPES and forms and set(forms) <= set(FORMS)
         if not named or not all(type(size) is int and 1 <= size < 2**63 for size in sizes):
             allowed = f"op fwd or bwd; dtype {', '.join(DTYPES)}; sizes from 1; forms {', '.join(FORMS)}"
             raise LoraValueError(message("a row cannot be used", repr(row)[:200], allowed, "run `lora-kernels tune --device cpu --again`"))
-    return content["rows"]
+    return rows
 
 
 def reset(isa: str = "") -> None:
@@ -47,7 +53,7 @@ def reset(isa: str = "") -> None:
     global _isa
     _isa = isa
     form.cache_clear()
-    _rows.cache_clear()
+    _tables.cache_clear()
 
 
 @contextlib.contextmanager
@@ -64,12 +70,31 @@ def forced(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _rows(isa: str) -> list[dict]:
-    return next(store.readable(table_name(isa), lambda path: read_rows(path, isa)), [])
+def _tables(isa: str) -> tuple[list[dict], ...]:
+    """The rows of each table, the user's first."""
+    return tuple(store.readable(table_name(isa), lambda path: read_rows(path, isa)))
 
 
-def _rule(op: str, M: int) -> str:
-    return "in_place" if (32 if op == "fwd" else 2) >= M else "panels"  # backward: panels win from 4 rows on (configs/cpu_avx512_bf16.json)
+def _measured(rows: list[dict], M: int, N: int, K: int) -> str | None:
+    """What these rows of one op and dtype say of a shape; None where all of them are far from it."""
+
+    def apart(row: dict) -> tuple[float, float]:
+        return math.log(row["N"] / N), math.log(row["K"] / K)
+
+    def near(row: dict) -> bool:
+        n, k = apart(row)
+        return max(abs(n), abs(k), abs(n + k)) <= NEAR
+
+    best = min(filter(near, rows), key=lambda row: sum(map(abs, apart(row))), default=None)
+    if best is None:
+        return None
+    measured, found = min(best["forms"], key=lambda entry: abs(math.log(entry[0] / M)))
+    return found if abs(math.log(min(measured, LARGE) / min(M, LARGE))) <= NEAR else None
+
+
+def _rule(op: str, M: int, K: int) -> str:
+    """Panels win from 33 rows on, from 16 where a row of the weight is short; backward from 4 on (configs/cpu_avx512_bf16.json)."""
+    return "in_place" if (2 if op == "bwd" else 15 if K <= 128 else 32) >= M else "panels"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,13 +104,8 @@ def form(op: str, dtype: int, M: int, N: int, K: int) -> int:
         return FORMS.index(_forced)
     if M == 0:
         return 0
-    rows = [row for row in _rows(_isa) if row["op"] == op and row["dtype"] == DTYPES[dtype]]
-
-    def apart(row: dict) -> float:
-        return abs(math.log(row["N"] / N)) + abs(math.log(row["K"] / K))
-
-    best = min(rows, key=apart, default=None)
-    if best is None or abs(math.log(best["N"] * best["K"] / (N * K))) > NEAR:
-        return FORMS.index(_rule(op, M))
-    nearest = min(best["forms"], key=lambda entry: abs(math.log(entry[0] / M)))
-    return FORMS.index(nearest[1])
+    for table in _tables(_isa):
+        rows = [row for row in table if row["op"] == op and row["dtype"] == DTYPES[dtype]]
+        if found := _measured(rows, M, N, K):
+            return FORMS.index(found)
+    return FORMS.index(_rule(op, M, K))

@@ -24,6 +24,7 @@ from .plan import FORMS, IMPLEMENTATIONS, Plan, Problem, cuda_plans, heuristic
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "configs"
+DAMAGED = (OSError, RecursionError, OverflowError, ValueError, KeyError, TypeError, AttributeError)  # what reading any file may raise
 Table = dict[tuple, list[tuple[int, Plan]]]
 
 
@@ -66,6 +67,15 @@ def read_plan(raw: dict, problem: Problem) -> Plan:
     return plan
 
 
+def read_entry(entry: dict) -> tuple[Problem, Plan]:
+    """A problem and its plan from a table's JSON form, checked."""
+    dtype = getattr(torch, entry["dtype"])
+    problem = Problem(entry["op"], entry["M"], entry["N"], entry["K"], entry["R"], dtype, entry.get("dropout", False))
+    if type(problem.M) is not int or problem.M < 1:
+        raise LoraValueError(message("M is no number of tokens", repr(problem.M)[:80], "an int of at least 1"))
+    return problem, read_plan(entry["plan"], problem)
+
+
 def read_entries(path: Path, device: str) -> list[dict]:
     """The entries of one JSON table. Raises LoraValueError for a table of another device."""
     content = json.loads(path.read_text())
@@ -78,11 +88,8 @@ def read_table(path: Path, device: str) -> Table:
     """The plans of one table, by everything but M; each list ascending in M."""
     table: Table = {}
     for entry in read_entries(path, device):
-        dtype = getattr(torch, entry["dtype"])
-        problem = Problem(entry["op"], entry["M"], entry["N"], entry["K"], entry["R"], dtype, entry.get("dropout", False))
-        if type(problem.M) is not int or problem.M < 1:
-            raise LoraValueError(message("M is no number of tokens", repr(problem.M)[:80], "an int of at least 1"))
-        table.setdefault(_key(problem), []).append((problem.M, read_plan(entry["plan"], problem)))
+        problem, plan = read_entry(entry)
+        table.setdefault(_key(problem), []).append((problem.M, plan))
     return {key: sorted(rows, key=lambda row: row[0]) for key, rows in table.items()}
 
 
@@ -93,7 +100,7 @@ def readable(name: str, read: Callable[[Path], T]) -> Iterator[T]:
         try:
             if path.is_file():
                 yield read(path)
-        except (OSError, RecursionError, OverflowError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGED as error:
             warn_once(f"tuning table {path} is not used: {type(error).__name__}: {error}")
 
 

@@ -142,9 +142,9 @@ def table(kernels: list[Kernel], shared: dict[str, int]) -> str:
     for k in sorted(kernels, key=lambda k: k.name):
         figures = (f"{k.highest_producer_register}, {k.highest_register}", k.spill_stores + k.spill_loads, shared.get(k.name, ""))
         element = "bf16" if "<bf16" in k.name else "fp16"
-        key = (k.name.replace(element + ", ", ""), *figures, *(k.sass[op] for op in ("HGMMA", "UTMALDG", "UTMASTG")))
+        key = (k.name.replace(element + ", ", ""), *figures, *(k.sass[op] for op in ("HGMMA", "UTMALDG", "UTMASTG")), k.membar_gpu)
         rows.setdefault(key, []).append(element)
-    head = ("kernel", "highest register (producer, consumer)", "spills", "shared memory", "HGMMA", "UTMALDG", "UTMASTG", "types")
+    head = ("kernel", "highest register (producer, consumer)", "spills", "shared memory", "HGMMA", "UTMALDG", "UTMASTG", "MEMBAR.GPU", "types")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, (*key, " ".join(types)))) + " |" for key, types in rows.items()])
 

@@ -125,8 +125,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
-        grads = _differentiable_grads if torch.is_grad_enabled() else _grads
-        dx, da, db = grads(dy, *ctx.saved_tensors, *ctx.numbers, need_dx, need_da, need_db)
+        args = (dy, *ctx.saved_tensors, *ctx.numbers, need_dx, need_da, need_db)
+        dx, da, db = outside_autocast(_differentiable_grads, dy.device.type, *args) if torch.is_grad_enabled() else _grads(*args)
         dbias = _rows(dy).sum(0) if need_bias else None
         return dx if need_dx else None, da if need_da else None, db if need_db else None, dbias, None, None
 
@@ -234,7 +234,8 @@ def lora_linear(
     Returns:
         `[..., N]` in x's dtype (under torch.autocast: in the autocast dtype, as F.linear).
 
-    Gradients: x, lora_a, lora_b (in the adapters' dtypes), and bias where it requires grad. Same inputs, same bits.
+    Gradients: x, lora_a, lora_b (in the adapters' dtypes), and bias where it requires grad. Same inputs, same bits. Under create_graph=True
+        the backward is plain PyTorch, for second derivatives; what torch.export records with gradients is plain PyTorch both ways.
 
     Raises:
         LoraValueError, LoraTypeError: shapes, dtypes or devices that do not fit; a weight that requires grad.

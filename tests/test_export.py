@@ -34,3 +34,21 @@ def test_exported_program_keeps_the_op_and_the_numbers(kind, strict):
         for p in (program, load(file)):
             assert sum("lora_linear_fwd" in str(node.target) for node in p.graph.nodes) == ops
             torch.testing.assert_close(p.module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_many_adapters_are_exported_for_serving_alone(strict):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Buffer(torch.randn(20, 12))
+            self.a, self.b = torch.nn.Parameter(torch.randn(3, 4, 12)), torch.nn.Parameter(torch.randn(3, 20, 4))
+
+        def forward(self, x, ids):
+            return lk.lora_batched_linear(x, self.weight, None, self.a, self.b, ids)
+
+    model, operands = Layer(), (torch.randn(5, 12), torch.tensor([0, 2, -1, 1, 2], dtype=torch.int32))
+    with pytest.raises(Exception, match="no gradients in an exported program"):  # strict: wrapped by dynamo
+        export(model, operands, strict=strict)
+    with torch.no_grad():
+        torch.testing.assert_close(export(model, operands, strict=strict).module()(*operands), model(*operands))

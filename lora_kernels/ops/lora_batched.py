@@ -292,6 +292,8 @@ def lora_batched_linear(
         if any(w.requires_grad for w in weights):
             fix = "weight.requires_grad_(False)"
             raise LoraValueError(message(f"{op}: weight requires grad, but only the adapters are trained", fix=fix))
+        if torch.compiler.is_exporting():  # an exported program has ops, but no autograd.Function around them
+            raise LoraKernelsError(message(f"{op}: no gradients in an exported program", allowed="serving", fix="export under torch.no_grad()"))
         y = _LoraBatched.apply(call, S, *tensors)
     else:
         y = _fwd(flat, weights, biases, pools_a, pools_b, *call)[0]

@@ -25,7 +25,16 @@ void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64
   for (int64_t g = 0; g * L < cols; g++) {
     float* d = dst + g / NV * depth * SW + g % NV * L;
     const int64_t valid = min(cols - g * L, L);
-    for (int64_t k = k0; k < k1; k += L) {
+    int64_t k = k0;
+    if constexpr (HAS_QUADS && sizeof(T) * P::PAIR == 4) {
+      for (; valid == L && k + 4 <= k1 && (k + 4) * P::PAIR <= K; k += 4) {
+        V q[4];
+        quads(w + g * L * ld + k * P::PAIR, ld * static_cast<int64_t>(sizeof(T)), q);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) store(d + (k - k0 + i) * SW, q[i]);
+      }
+    }
+    for (; k < k1; k += L) {
       V r[L];
       const int64_t left = K - k * P::PAIR;
       const T* p = w + g * L * ld + k * P::PAIR;

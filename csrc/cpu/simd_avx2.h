@@ -108,6 +108,9 @@ LK_INLINE void transpose(V* r) {  // 8 x 8
     r[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
   }
 }
+
+constexpr bool HAS_QUADS = false;
+LK_INLINE void quads(const void*, int64_t, V*) {}
 }  // namespace
 
 #include "forms.h"

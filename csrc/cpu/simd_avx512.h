@@ -112,6 +112,22 @@ LK_INLINE void transpose(V* rows) {  // 16 x 16 dwords
     rows[12 + i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
   }
 }
+
+// out[j], lane i = dword j of the 16 bytes at row i, 16 rows: where rows are short, a quarter of the shuffles of a whole transpose
+constexpr bool HAS_QUADS = true;
+LK_INLINE void quads(const void* p, int64_t ld_bytes, V* out) {
+  const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(p) + i * ld_bytes)); };
+  __m512i z[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    z[i] = _mm512_inserti32x4(_mm512_castsi128_si512(row(i)), row(i + 4), 1);
+    z[i] = _mm512_inserti32x4(_mm512_inserti32x4(z[i], row(i + 8), 2), row(i + 12), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
+  const __m512i c = _mm512_unpacklo_epi32(z[2], z[3]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+  out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi64(a, c)), out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi64(a, c));
+  out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi64(b, d)), out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi64(b, d));
+}
 }  // namespace
 
 #include "forms.h"

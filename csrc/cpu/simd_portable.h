@@ -98,6 +98,9 @@ LK_INLINE void transpose(V* r) {
   for (int i = 0; i < L; i++) t[i] = V{r[0][i], r[1][i], r[2][i], r[3][i]};
   for (int i = 0; i < L; i++) r[i] = t[i];
 }
+
+constexpr bool HAS_QUADS = false;
+LK_INLINE void quads(const void*, int64_t, V*) {}
 }  // namespace
 
 #include "forms.h"

@@ -27,7 +27,8 @@ void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64
     const int64_t valid = min(cols - g * L, L);
     int64_t k = k0;
     if constexpr (HAS_QUADS && sizeof(T) * P::PAIR == 4) {
-      for (; valid == L && k + 4 <= k1 && (k + 4) * P::PAIR <= K; k += 4) {
+      // of few lanes alone: W, from memory to two threads, came 4 % slower by quads (Zen 4, docs/measured.md)
+      for (; k1 - k0 < L && valid == L && k + 4 <= k1 && (k + 4) * P::PAIR <= K; k += 4) {
         V q[4];
         quads(w + g * L * ld + k * P::PAIR, ld * static_cast<int64_t>(sizeof(T)), q);
 #pragma GCC unroll 4

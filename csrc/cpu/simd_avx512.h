@@ -113,7 +113,7 @@ LK_INLINE void transpose(V* rows) {  // 16 x 16 dwords
   }
 }
 
-// out[j], lane i = dword j of the 16 bytes at row i, 16 rows: where rows are short, a quarter of the shuffles of a whole transpose
+// out[j], lane i = dword j of the 16 bytes at row i, 16 rows: for short rows, with fewer shuffles than a whole transpose
 constexpr bool HAS_QUADS = true;
 LK_INLINE void quads(const void* p, int64_t ld_bytes, V* out) {
   const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(p) + i * ld_bytes)); };

@@ -1,0 +1,37 @@
+"""`lk.lora_linear` differentiated twice: under create_graph=True its backward is plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import Case
+
+import lora_kernels as lk
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("trained", ["x", "lora_a", "lora_b", "x lora_a", "lora_a lora_b", "x lora_a lora_b"])
+def test_gradgradcheck(trained, dropout_p):
+    c = Case.random(6, 12, 33, 4, torch.float64)
+    inputs = [getattr(c, name).requires_grad_(name in trained) for name in ("x", "lora_a", "lora_b")]
+    call = lambda x, a, b: lk.lora_linear(x.view(2, 3, 33), c.weight, c.bias, a, b, 0.5, dropout_p, seed=7)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+def test_create_graph_gives_the_same_gradients(dropout_p):
+    c = Case.random(9, 20, 33, 4, dropout_p=dropout_p)
+    inputs = [t.requires_grad_() for t in (c.x, c.lora_a, c.lora_b)]
+    y = lk.lora_linear(c.x, c.weight, c.bias, c.lora_a, c.lora_b, c.scaling, dropout_p, seed=c.seed)
+    ours, plain = (torch.autograd.grad(y, inputs, c.dy, retain_graph=True, create_graph=graph) for graph in (False, True))
+    torch.testing.assert_close(ours, plain)
+
+
+def test_second_derivatives_without_x():
+    c = Case.random(9, 20, 33, 4)
+    x, b = c.x.clone().requires_grad_(), c.lora_b.clone().requires_grad_()
+    y = lk.lora_linear(x, c.weight, c.bias, c.lora_a, b, c.scaling)
+    dx, db = torch.autograd.grad(y.square().sum(), (x, b), create_graph=True)
+    dx.sum().backward(retain_graph=True)
+    with pytest.raises(lk.LoraKernelsError, match="where lora_a is frozen.*fix: lora_a.requires_grad_"):
+        db.sum().backward()

@@ -22,7 +22,8 @@ FOLDER = CSRC.parent / "build" / f"native-{sysconfig.get_platform()}-{sys.implem
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-ISA_FLAGS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_BF16 = [*_AVX512, "-mavx512bf16"]
+ISA_FLAGS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _BF16, "amx_bf16": [*_BF16, "-mamx-tile", "-mamx-bf16"]}
 _X86 = ("x86_64", "amd64")
 
 
@@ -68,7 +69,7 @@ def cxx_command(*flags: str) -> list[str]:
 
 def cpu_part() -> Part:
     """csrc/cpu: one file per instruction set with its own flags, and drivers that any CPU runs."""
-    skip = [] if platform.machine().lower() in _X86 else ["avx2", "avx512", "avx512_bf16"]
+    skip = [] if platform.machine().lower() in _X86 else [isa for isa in ISA_FLAGS if isa != "portable"]
     units = []
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         isa = source.stem.removeprefix("isa_") if source.stem.startswith("isa_") else None

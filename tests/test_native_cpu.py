@@ -129,8 +129,9 @@ def test_mask_is_the_references(isa):
 @pytest.mark.parametrize("dtype", [fp32, bf16, fp16], ids=str)
 def test_row_strided_inputs_are_read_in_place(isa, form, dtype):
     c = Case.random(19, 37, 45, 6, dtype)
+    between = 0.0 if form == "torch" else torch.nan  # what lies there gets into PyTorch's own product on AMX (2.13, K odd)
     wide = {
-        name: torch.full((t.shape[0], t.shape[1] + pad), torch.nan, dtype=dtype)
+        name: torch.full((t.shape[0], t.shape[1] + pad), between, dtype=dtype)
         for (name, t), pad in zip(c._asdict().items(), (3, 5, 0, 1, 7, 9), strict=False)
         if name != "bias" and isinstance(t, torch.Tensor)
     }
@@ -258,19 +259,20 @@ def test_it_shares_torchs_thread_pool():
 
 
 @pytest.mark.parametrize("dtype", [fp32, bf16, fp16], ids=str)
-def test_nan_and_infinity_reach_exactly_the_outputs_that_they_reach_in_eager(isa, form, dtype):
+def test_nan_and_infinity_reach_exactly_the_outputs_that_depend_on_them(isa, form, dtype):
+    """As in eager in float64. Not as in bf16: on AMX PyTorch 2.13's own product lets an infinity in dy's last column into a row beside it."""
     for value in (torch.nan, torch.inf, -torch.inf):
         for field, at in (("x", (4, 44)), ("weight", (36, 44)), ("lora_b", (2, 4)), ("dy", (18, 36))):
             c = Case.random(19, 37, 45, 5, dtype)
             getattr(c, field)[at] = value
-            got, expected = run(c), eager(c)
+            got, expected = run(c), eager(c if form == "torch" else c.to(torch.float64))
             for name in got:
                 assert torch.equal(got[name].isfinite(), expected[name].isfinite()), (value, field, name)
 
 
 def test_denormals(isa, form):
-    """Subnormal numbers are numbers like any other, as in eager on a CPU without bf16 arithmetic. Where there is some (avx512_bf16), its dot
-    instruction takes bf16 subnormals for zeros: ours do, and PyTorch's product gives what PyTorch gives there."""
+    """Subnormal numbers are numbers like any other, as in eager on a CPU without bf16 arithmetic. Where there is some (avx512_bf16,
+    amx_bf16), its instructions take bf16 subnormals for zeros: ours do, and PyTorch's product gives what PyTorch gives there."""
     for dtype, small in ((fp16, 3e-7), (fp32, 1e-39), (bf16, 1e-39)):
         x, w = torch.ones(5, 40, dtype=dtype), torch.full((6, 40), small, dtype=dtype)
         zero = torch.zeros(1, 40, dtype=dtype), torch.zeros(6, 1, dtype=dtype)
@@ -279,7 +281,7 @@ def test_denormals(isa, form):
         if form == "torch":
             expected = torch.nn.functional.linear(x, w).double()
         else:
-            expected = exact * (dtype != bf16 or isa != "avx512_bf16")
+            expected = exact * (dtype != bf16 or not isa.endswith("_bf16"))
         torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=0)
 
 

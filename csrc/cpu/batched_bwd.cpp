@@ -105,9 +105,10 @@ void lora_batched_bwd(const std::vector<Batched>& slices, const std::vector<Batc
 
   constexpr int64_t kRows = 512;
   PanelArgs widest{};
-  widest.R = R;
+  widest.M = std::min(M, kRows), widest.R = R;
+  for (const Batched& b : slices) widest.K = std::max(widest.K, b.N);
   const int64_t panels = (K + kPanel - 1) / kPanel, chunks = (M + kRows - 1) / kRows, tile = std::min(M, kRows) * kPanel;
-  const int64_t floats = k.panel_floats(widest, std::min(M, kRows));
+  const int64_t floats = k.panel_floats(type, widest, widest.M);
   int64_t work = 0;
   for (const Batched& b : slices) work += M * K * (b.N + R);
   parallel(panels * chunks, threads_for(work, any.threads), [&](int64_t u0, int64_t u1, int) {

@@ -59,8 +59,8 @@ void lora_expand(const Batched& b, In h, Dtype h_type) {
         k.cast(b.type, static_cast<const float*>(from), to, R);
     }
   PanelArgs widest{};
-  widest.R = b.R;
-  const int64_t floats = k.panel_floats(widest, kRows);
+  widest.M = kRows, widest.R = b.R;
+  const int64_t floats = k.panel_floats(b.type, widest, kRows);
   parallel((b.N + kPanel - 1) / kPanel, threads_for(b.M * b.N * b.R, b.threads), [&](int64_t p0, int64_t p1, int) {
     const Scratch ws(static_cast<size_t>(floats + kRows * kPanel) * 4);
     float* update = ws.as<float>() + floats;

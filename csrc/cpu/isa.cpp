@@ -1,6 +1,10 @@
 // Which instruction set runs: cpuid at the first call, LORA_KERNELS_CPU_ISA overrides.
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 #include <atomic>
 #include <cctype>
@@ -24,6 +28,20 @@ bool has_avx512_bf16() {
 }
 #endif
 
+// AMX's registers are the operating system's to grant: Linux does from 5.16 on, once for all threads of the process that come after.
+bool has_amx_bf16() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -31,6 +49,7 @@ std::vector<const Kernels*> supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  if (avx512 && has_avx512_bf16() && has_amx_bf16()) found.push_back(&kAmxBf16);
   if (avx512 && has_avx512_bf16()) found.push_back(&kAvx512Bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);

@@ -53,14 +53,14 @@ struct DotArgs {
   const RankRow* rows;  // instead of b and R, one per row; or null
 };
 
-// out[m, n] = alpha * (sum_k x[m, k] W(k, n) + keep_scale * keep(m, n) * sum_r h[m, r] B(r, n)) + bias[n]   many rows: W repacked into panels
+// out[m, n] = alpha * (sum_k x_keep(m, k) x[m, k] W(k, n) + keep_scale * keep(m, n) * sum_r h[m, r] B(r, n)) + bias[n]   many rows: W repacked
 // W(k, n) = w[n, k] (and B(r, n) = b[n, r]) when nt, else w[k, n] * w_keep(k, n) (and b[r, n]).
 struct PanelArgs {
   int64_t M, N, K, R;
   In x, w, h, b;
   bool nt;
   const void* bias;
-  Mask w_keep, out_keep;
+  Mask x_keep, w_keep, out_keep;  // x_keep: see shrink_rows
   float alpha, keep_scale;
   Out out;
   bool out_t;               // store transposed: out[n, m]
@@ -82,6 +82,13 @@ struct WideArgs {
 
 constexpr int64_t kPanel = 64;        // columns of one panel
 constexpr int64_t kBroad = 4;         // panels of one broad block
+// How much of a product one panel call takes well.
+struct PanelBlock {
+  int64_t rows;      // most rows, so that their fp32 sums stay in the cache
+  int64_t panels;    // most panels, all rows of them
+  int64_t row_tile;  // what the rows of a call should be a multiple of
+};
+constexpr int64_t kNever = int64_t{1} << 62;
 constexpr int64_t kWideRows = 32;     // most rows of the wide form
 constexpr int64_t kWideBlock = 4096;  // accumulators of one wide block: 16 KiB
 constexpr int64_t kWideFloats = 2 * kWideBlock;
@@ -89,8 +96,10 @@ constexpr int64_t kWideFloats = 2 * kWideBlock;
 struct Kernels {
   const char* name;
   void (*dot)(Dtype t, const DotArgs& a, int64_t n0, int64_t n1);
-  int64_t (*panel_floats)(const PanelArgs& a, int64_t rows);  // workspace of one panel call over `rows` rows
-  int64_t (*panel_rows)(Dtype t, const PanelArgs& a);         // most rows of one panel call, so that its fp32 sums stay in the cache
+  // workspace of panel calls over up to `rows` rows, of products with these M, K, R and segment_R or smaller ones
+  int64_t (*panel_floats)(Dtype t, const PanelArgs& a, int64_t rows);
+  PanelBlock (*panel_block)(Dtype t, const PanelArgs& a);
+  int64_t (*shrink_rows)(Dtype t, bool masked);  // from so many rows on x A^T does better in panel form; `masked`: with dropout
   void (*panel)(Dtype t, const PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws);  // panels p0 .. p1 of rows m0 .. m1
   void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);                            // ws: kWideFloats; c0 a multiple of 32
   void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);
@@ -100,7 +109,7 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
 #endif
 
 }  // namespace lk

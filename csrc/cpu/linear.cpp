@@ -49,7 +49,6 @@ class Transposed {
 float keep_scale(const Problem& p) { return p.drop_threshold < 65536 ? 65536.f / static_cast<float>(65536 - p.drop_threshold) : 0.f; }
 int64_t mask_words(const Problem& p) { return (p.K + 31) / 32; }
 
-constexpr int64_t kShrinkRows = 128;  // from so many rows on packing A pays, and the shrink is a panel product too
 constexpr int64_t kBroadRows = 128;   // with more rows packing W hardly counts, and the sums of a broad block outgrow the L2
 
 // out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term. In panel form it is left to the caller, in `products`
@@ -82,9 +81,11 @@ void lora_linear_fwd(const Problem& p, const Forward& f) {
   const Adapter& ad = p.adapter;
   const Cast a(k, p.type, ad.a_type, ad.a, ad.R, p.K);
 
-  if (!drop && p.M >= kShrinkRows) {
+  if (p.M >= k.shrink_rows(p.type, drop)) {
     PanelArgs shrink{};
-    shrink.M = p.M, shrink.N = ad.R, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.nt = true, shrink.alpha = p.scaling, shrink.out = f.h;
+    shrink.M = p.M, shrink.N = ad.R, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.nt = true, shrink.out = f.h;
+    shrink.alpha = p.scaling * (drop ? keep_scale(p) : 1.f);
+    if (drop) shrink.x_keep = {f.mask, mask_words(p)};
     panel_products(k, p.type, &shrink, 1, p.threads);
   } else {
     DotArgs shrink{};

@@ -17,13 +17,14 @@ struct NextBlock {
   }
 };
 
-// dst[sub][k - k0][SW] <- w[n, k], lanes k0..k1 of K elements
-template <class T>
+// dst[sub][k - k0][VECTORS * L] <- w[n, k], lanes k0..k1 of K elements
+template <class T, int VECTORS = NV>
 void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth) {
   using P = PanelStep<T>;
   constexpr int STEP = L * P::PAIR;
   for (int64_t g = 0; g * L < cols; g++) {
-    float* d = dst + g / NV * depth * SW + g % NV * L;
+    constexpr int64_t WIDTH = VECTORS * L;
+    float* d = dst + g / VECTORS * depth * WIDTH + g % VECTORS * L;
     const int64_t valid = min(cols - g * L, L);
     int64_t k = k0;
     if constexpr (HAS_QUADS && sizeof(T) * P::PAIR == 4) {
@@ -32,7 +33,7 @@ void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64
         V q[4];
         quads(w + g * L * ld + k * P::PAIR, ld * static_cast<int64_t>(sizeof(T)), q);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) store(d + (k - k0 + i) * SW, q[i]);
+        for (int i = 0; i < 4; i++) store(d + (k - k0 + i) * WIDTH, q[i]);
       }
     }
     for (; k < k1; k += L) {
@@ -51,16 +52,16 @@ void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64
         for (int i = 0; i < L; i++) r[i] = i < valid ? P::row(p + i * ld, min(left, STEP)) : zero();
       }
       transpose(r);
-      float* q = d + (k - k0) * SW;
+      float* q = d + (k - k0) * WIDTH;
 #pragma GCC unroll 16
       for (int i = 0; i < L; i++)
-        if (i < k1 - k) store(q + i * SW, r[i]);
+        if (i < k1 - k) store(q + i * WIDTH, r[i]);
     }
   }
 }
 
-// dst[sub][k - k0][SW] <- keep(k, n) w[k, n]; n is the block's first column, for the mask
-template <class T>
+// dst[sub][k - k0][VECTORS * L] <- keep(k, n) w[k, n]; n is the block's first column, for the mask
+template <class T, int VECTORS = NV>
 void pack_nn(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth, lk::Mask keep, int64_t n) {
   using P = PanelStep<T>;
   for (int64_t k = k0; k < k1; k++) {
@@ -75,9 +76,11 @@ void pack_nn(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64
         const uint32_t p_bits = keep.p ? keep_bits(keep, row, n + c) : ALL, q_bits = keep.p && second ? keep_bits(keep, row + 1, n + c) : ALL;
         P::columns(p + c, second ? p + ld + c : nullptr, cols - c, p_bits, q_bits, v);
       }
-      float* d = dst + c / SW * depth * SW + (k - k0) * SW + c % SW;
-      store(d, v[0]);
-      store(d + L, v[1]);
+      constexpr int64_t WIDTH = VECTORS * L;
+      for (int64_t i = 0; i < 2; i++) {
+        const int64_t at = c + i * L;
+        store(dst + (at / WIDTH * depth + k - k0) * WIDTH + at % WIDTH, v[i]);
+      }
     }
   }
 }

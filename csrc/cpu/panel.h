@@ -102,7 +102,7 @@ LK_INLINE void add_rank_of(int rows, const typename PanelStep<T>::X* const* h, c
 
 // The rank terms of many adapters, onto the finished base in C.
 template <class T>
-void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, float* pb, float* hs, float* C) {
+void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, float* pb, float* hs, Tile C) {
   const int64_t row_bytes = a.b.ld * static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < a.segment_count; i++) {
     const lk::Segment& s = a.segments[i];
@@ -123,7 +123,7 @@ void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, i
       const int64_t m = s.rows[j];
       if (m >= m0 && m < m1) {
         h[rows] = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, 1, R, hs + rows * (R + L), 0);
-        c[rows++] = C + (m - m0) * NP;
+        c[rows++] = C.p + (m - m0) * C.ld;
       }
       if (rows == RANK_ROWS || j == s.count - 1) add_rank_of<T, RANK_ROWS>(rows, h, pb, R, c), rows = 0;
     }
@@ -140,7 +140,7 @@ LK_INLINE int64_t block_depth(const lk::PanelArgs& a, int64_t KD) {
 int64_t rank_floats(const lk::PanelArgs& a) { return even_up(a.R > a.segment_R ? a.R : a.segment_R) * (a.broad ? lk::kBroad : 1) * NP; }
 
 // packed base block | packed rank block | C [rows, columns] | widened x tile | widened h tile
-int64_t panel_floats(const lk::PanelArgs& a, int64_t rows) {
+int64_t panel_floats(lk::Dtype, const lk::PanelArgs& a, int64_t rows) {
   return MOST_DEEP * NP + rank_floats(a) + (rows + MAX_ROWS) * (a.broad ? lk::kBroad : 1) * NP + MAX_ROWS * (MOST_DEEP + L + a.R + a.segment_R + L);
 }
 
@@ -150,9 +150,11 @@ int64_t rows_of(const lk::PanelArgs& a) {
   const int64_t KD = ceil_div(a.K, PanelStep<T>::PAIR);
   return KD > block_depth(a, KD) ? SUM_ROWS : MOST_ROWS;
 }
-int64_t panel_rows(lk::Dtype t, const lk::PanelArgs& a) {
-  return t == lk::kF32 ? rows_of<float>(a) : t == lk::kBF16 ? rows_of<bf16>(a) : rows_of<f16>(a);
+lk::PanelBlock panel_block(lk::Dtype t, const lk::PanelArgs& a) {
+  const int64_t rows = t == lk::kF32 ? rows_of<float>(a) : t == lk::kBF16 ? rows_of<bf16>(a) : rows_of<f16>(a);
+  return {rows, a.broad ? lk::kBroad : 1, 12};
 }
+int64_t shrink_rows(lk::Dtype, bool masked) { return masked ? lk::kNever : 128; }  // x_keep is the dot form's
 
 template <class T, class OT>
 void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
@@ -207,7 +209,7 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
       m += rows;
     }
     if (last && a.segments) {
-      add_segments<T>(a, n, cols, m0, m1, pb, hs, C);
+      add_segments<T>(a, n, cols, m0, m1, pb, hs, {C, ldc});
       store_rows<T, OT>(a, n, cols, m0, m1 - m0, {C, ldc});
     }
     if (last && a.out_t) store_transposed<OT>(a, n, cols, m0, m1, {C, ldc});

@@ -41,57 +41,58 @@ inline void dot_product(const Kernels& k, Dtype t, const DotArgs& a, int64_t N, 
 // How panels are dealt: `panels` columns blocks times `chunks` blocks of `rows` rows.
 struct Deal {
   int64_t panels, chunks, rows;
-  Deal(const PanelArgs& a, int64_t most_rows, int threads) {
+  Deal(const PanelArgs& a, const PanelBlock& block, int threads) {
     constexpr int64_t kFewestRows = 24;  // fewer rows do not pay for packing
     panels = (a.N + kPanel - 1) / kPanel;
-    chunks = (a.M + most_rows - 1) / most_rows;
+    chunks = (a.M + block.rows - 1) / block.rows;
     const int64_t shares = threads == 2 ? 2 : std::max<int64_t>(8, threads / panels);
     if (threads > 1 && panels % threads) chunks = std::max(chunks, std::min<int64_t>(shares, a.M / kFewestRows));
     chunks = std::max<int64_t>(chunks, 1);
-    rows = ((a.M + chunks - 1) / chunks + 11) / 12 * 12;
+    rows = ((a.M + chunks - 1) / chunks + block.row_tile - 1) / block.row_tile * block.row_tile;
     chunks = std::max<int64_t>((a.M + rows - 1) / rows, 1);
   }
   int64_t units() const { return panels * chunks; }
 };
 
-// units u0..u1 of one product: whole panels together where blocks are broad, else neighbouring chunks of one panel, so that it is packed once
-inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const Deal& d, int64_t u0, int64_t u1, float* ws) {
-  const int64_t together = k.panel_rows(t, a);
+// units u0..u1 of one product: whole panels together where a call takes several, else neighbouring chunks of one panel, so that it is packed once
+inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const PanelBlock& block, const Deal& d, int64_t u0, int64_t u1, float* ws) {
   while (u0 < u1) {
-    const int64_t p = u0 / d.chunks, c0 = u0 % d.chunks, panels = a.broad && c0 == 0 ? std::min(kBroad, (u1 - u0) / d.chunks) : 0;
+    const int64_t p = u0 / d.chunks, c0 = u0 % d.chunks, panels = block.panels > 1 && c0 == 0 ? std::min(block.panels, (u1 - u0) / d.chunks) : 0;
     if (panels > 0) {
-      k.panel(t, a, p, p + panels, 0, a.M, ws);
+      for (int64_t m = 0; m < a.M; m += block.rows) k.panel(t, a, p, p + panels, m, std::min(a.M, m + block.rows), ws);
       u0 += panels * d.chunks;
       continue;
     }
     int64_t c1 = std::min(d.chunks, c0 + (u1 - u0));
-    c1 = std::min(c1, c0 + std::max<int64_t>(1, together / d.rows));
+    c1 = std::min(c1, c0 + std::max<int64_t>(1, block.rows / d.rows));
     k.panel(t, a, p, p + 1, c0 * d.rows, std::min(a.M, c1 * d.rows), ws);
     u0 += c1 - c0;
   }
 }
 
-inline int64_t panel_workspace(const Kernels& k, const PanelArgs& a) {
-  return (k.panel_floats(a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024;
+inline int64_t panel_workspace(const Kernels& k, Dtype t, const PanelArgs& a) {
+  return (k.panel_floats(t, a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024;
 }
 
 // Products in panel form that need nothing of each other, in one pass over the pool.
 inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int count, int threads) {
   int64_t floats = 0, most = 0, work = 0;
+  std::vector<PanelBlock> blocks;
   std::vector<Deal> deals;
   for (int i = 0; i < count; i++) {
-    deals.emplace_back(a[i], k.panel_rows(t, a[i]), threads);
-    floats = std::max(floats, panel_workspace(k, a[i]));
+    blocks.push_back(k.panel_block(t, a[i]));
+    deals.emplace_back(a[i], blocks.back(), threads);
+    floats = std::max(floats, panel_workspace(k, t, a[i]));
     most = std::max(most, deals[i].units());
     work += a[i].M * a[i].N * (a[i].K + a[i].R);
   }
   const int shares = static_cast<int>(std::min<int64_t>(threads_for(work, threads), most));
   std::vector<Units> units;
-  for (int i = 0; i < count; i++) units.emplace_back(deals[i].units(), shares, deals[i].chunks * (a[i].broad ? kBroad : 1));
+  for (int i = 0; i < count; i++) units.emplace_back(deals[i].units(), shares, deals[i].chunks * blocks[static_cast<size_t>(i)].panels);
   const Scratch ws(static_cast<size_t>(floats * 4 * shares));
   run_shares(shares, [&](int share) {
     for (int i = 0; i < count; i++)
-      for (int64_t u0, u1; units[i].take(share, u0, u1);) panel_units(k, t, a[i], deals[i], u0, u1, ws.as<float>() + share * floats);
+      for (int64_t u0, u1; units[i].take(share, u0, u1);) panel_units(k, t, a[i], blocks[i], deals[i], u0, u1, ws.as<float>() + share * floats);
   });
 }
 

@@ -1,0 +1,168 @@
+// The panel form in bf16 on tiles (tiles.h). Many rows: W is packed, as in panel.h. Few: x is, and W's rows are loaded in place, streamed once.
+//
+//   out[m, n] = alpha * (sum_k x[m, k] W(k, n) + keep_scale * keep(m, n) * sum_r h[m, r] B(r, n)) + bias[n]
+//
+// Either way an output is the same sum: its rank term, then k in ascending steps of STEP_K.
+#pragma once
+#include "panel.h"
+#include "tiles.h"
+
+namespace {
+constexpr int64_t TILE_KC = 1280;      // lanes along k of one packed block
+constexpr int64_t TILE_PANELS = 4;     // panels packed together: 1.25 MiB of L2
+constexpr int64_t FEW = 256;            // most rows for which x is packed instead of W
+constexpr int64_t FEW_PANELS = 16;     // panels of one call then: x is packed once for 1024 rows of W
+constexpr int64_t STREAM_ROWS = 128;   // up to so many rows packing W is a matter of fetching it:
+constexpr int64_t STREAM_KC = 256;     // blocks are no deeper, so that they are packed as others are multiplied
+constexpr int64_t TILE_ROWS = 2016;    // rows of one call
+constexpr int64_t TILE_SUM_ROWS = 768; // the same where the sums of all rows wait for the next block of k
+
+LK_INLINE bool few_rows(const lk::PanelArgs& a) { return a.nt && (a.M <= FEW / 4 || (a.M <= FEW && a.M * 8 <= a.N)) && a.M <= a.N && !a.x_keep.p && !a.out_keep.p && !a.out_t; }
+
+LK_INLINE int64_t most_lanes(const lk::PanelArgs& a, bool few) { return !few && a.M <= STREAM_ROWS ? STREAM_KC : TILE_KC; }
+
+// Even blocks, so that the last is no sliver.
+LK_INLINE int64_t tile_depth(const lk::PanelArgs& a, bool few) {
+  const int64_t KD = ceil_div(a.K, 2), blocks = ceil_div(KD, most_lanes(a, few));
+  return blocks > 1 ? tile_up(ceil_div(KD, blocks)) : tile_up(KD);
+}
+
+lk::PanelBlock tile_panel_block(const lk::PanelArgs& a) {
+  const bool few = few_rows(a), once = ceil_div(a.K, 2) <= most_lanes(a, few);
+  return {once ? TILE_ROWS : TILE_SUM_ROWS, few && once ? FEW_PANELS : TILE_PANELS, BLOCK};
+}
+
+// A call's workspace: sized and laid out by one function.
+struct TileSpace {
+  float *packed, *rank, *sums, *turned, *segment, *segment_h;
+  bf16 *rows, *rank_rows;
+  int64_t few_columns, floats = 0;
+  TileSpace(const lk::PanelArgs& a, bool few, int64_t m_rows, float* ws) : few_columns(ceil_div(min(m_rows, FEW), BLOCK) * BLOCK) {
+    const int64_t KD = tile_up(ceil_div(a.K, 2)), most = most_lanes(a, few), depth = min(KD, most), RD = tile_up(ceil_div(a.R, 2));
+    const int64_t across = few ? few_columns : TILE_PANELS * NP;
+    const auto take = [&](int64_t n) {
+      float* p = ws ? ws + floats : nullptr;
+      floats += (n + TILE - 1) / TILE * TILE;
+      return p;
+    };
+    packed = take(depth * across);
+    rank = take(RD * across);
+    sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * across : (m_rows + BLOCK) * across);
+    turned = take(few ? few_columns * NP : 0);
+    segment = take(even_up(a.segment_R) * NP);
+    segment_h = take(RANK_ROWS * (a.segment_R + L));
+    rows = reinterpret_cast<bf16*>(take(depth * BLOCK));
+    rank_rows = reinterpret_cast<bf16*>(take(RD * BLOCK));
+  }
+};
+
+template <class OT>
+void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
+  const TileSpace s(a, false, m1 - m0, ws);
+  const int64_t n = p0 * NP, cols = min(a.N, p1 * NP) - n, ldc = (p1 - p0) * NP, KD = ceil_div(a.K, 2), RD = ceil_div(a.R, 2);
+  const int64_t deepest = tile_depth(a, false), rank_depth = tile_up(RD);
+  const bf16* w = static_cast<const bf16*>(a.w.p) + (a.nt ? n * a.w.ld : n);
+  if (a.R) {
+    const bf16* b = static_cast<const bf16*>(a.b.p) + (a.nt ? n * a.b.ld : n);
+    a.nt ? pack_nt<bf16, 1>(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth) : pack_nn<bf16, 1>(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth, {}, n);
+    pad_lanes(s.rank, cols, RD, rank_depth);
+  }
+  const bool whole = KD > deepest || a.out_t || a.segments;
+  int64_t k0 = 0;
+  do {  // once even for K = 0: the rank term and the bias remain
+    const int64_t k1 = min(k0 + deepest, KD), depth = tile_up(k1 - k0), K = min((k1 - k0) * 2, a.K - k0 * 2);
+    const bool last = k1 == KD, rank = a.R && k0 == 0;
+    a.nt ? pack_nt<bf16, 1>(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth) : pack_nn<bf16, 1>(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth, a.w_keep, n);
+    pad_lanes(s.packed, cols, k1 - k0, depth);
+    for (int64_t m = m0; m < m1; m += BLOCK) {
+      const int64_t rows = min(m1 - m, BLOCK);
+      const TileRows x = tile_rows(static_cast<const bf16*>(a.x.p) + m * a.x.ld + k0 * 2, a.x.ld, rows, K, s.rows, a.x_keep, m, k0 * 2);
+      TileRows h{};
+      if (rank) h = tile_rows(static_cast<const bf16*>(a.h.p) + m * a.h.ld, a.h.ld, rows, a.R, s.rank_rows);
+      for (int64_t j = 0; j < cols; j += BLOCK) {
+        // finished sums are stored at once, so one place that stays in the cache does
+        const Tile c = whole ? Tile{s.sums + (m - m0) * ldc + j, ldc} : Tile{s.sums, BLOCK};
+        const TileStrip rank_strip = {h, s.rank + j * rank_depth, rank ? rank_depth / TILE : 0}, base_strip = {x, s.packed + j * depth, depth / TILE};
+        tile_block_of(rows, min(cols - j, BLOCK), rank_strip, base_strip, {a.out_keep, a.keep_scale, m, n + j, rows}, c, k0 > 0);
+        if (last && !a.out_t && !a.segments) store_rows<bf16, OT>(a, n + j, min(cols - j, BLOCK), m, rows, c);
+      }
+    }
+    if (last && a.segments) {
+      for (int64_t j = 0; j < cols; j += NP)
+        add_segments<bf16>(a, n + j, min(cols - j, NP), m0, m1, s.segment, s.segment_h, {s.sums + j, ldc});
+      store_rows<bf16, OT>(a, n, cols, m0, m1 - m0, {s.sums, ldc});
+    }
+    if (last && a.out_t) store_transposed<OT>(a, n, cols, m0, m1, {s.sums, ldc});
+    k0 += deepest;
+  } while (k0 < KD);
+}
+
+// to [rows, NP] <- from [columns, ld], whole tiles
+LK_INLINE void turn(const float* from, int64_t ld, int64_t rows, int64_t cols, float* to) {
+  for (int64_t m = 0; m < rows; m += L)
+    for (int64_t j = 0; j < cols; j += L) {
+      V r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) r[i] = load(from + (j + i) * ld + m);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) store(to + (m + i) * NP + j, r[i]);
+    }
+}
+
+template <class OT>
+void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
+  const TileSpace s(a, true, m1 - m0, ws);
+  const int64_t n0 = p0 * NP, n1 = min(a.N, p1 * NP), M = m1 - m0, KD = ceil_div(a.K, 2), RD = ceil_div(a.R, 2);
+  const int64_t deepest = tile_depth(a, true), rank_depth = tile_up(RD), ldc = s.few_columns;
+  if (a.R) {
+    pack_nt<bf16, 1>(static_cast<const bf16*>(a.h.p) + m0 * a.h.ld, a.h.ld, M, 0, RD, a.R, s.rank, rank_depth);
+    pad_lanes(s.rank, M, RD, rank_depth);
+  }
+  int64_t k0 = 0;
+  do {
+    const int64_t k1 = min(k0 + deepest, KD), depth = tile_up(k1 - k0), K = min((k1 - k0) * 2, a.K - k0 * 2);
+    const bool last = k1 == KD, rank = a.R && k0 == 0;
+    pack_nt<bf16, 1>(static_cast<const bf16*>(a.x.p) + m0 * a.x.ld, a.x.ld, M, k0, k1, a.K, s.packed, depth);
+    pad_lanes(s.packed, M, k1 - k0, depth);
+    for (int64_t n = n0; n < n1; n += BLOCK) {
+      const int64_t rows = min(n1 - n, BLOCK), panel = n / NP * NP, done = min(n1 - panel, NP);
+      const bf16* w = static_cast<const bf16*>(a.w.p) + n * a.w.ld + k0 * 2;
+      const TileRows weights = tile_rows(w, a.w.ld, rows, K, s.rows);
+      TileRows b{};
+      if (rank) b = tile_rows(static_cast<const bf16*>(a.b.p) + n * a.b.ld, a.b.ld, rows, a.R, s.rank_rows);
+      float* sums = s.sums + (KD > deepest ? panel - n0 : 0) * ldc;
+      for (int64_t j = 0; j < M; j += BLOCK) {
+        const TileStrip rank_strip = {b, s.rank + j * rank_depth, rank ? rank_depth / TILE : 0}, base_strip = {weights, s.packed + j * depth, depth / TILE};
+        tile_block_of(rows, min(M - j, BLOCK), rank_strip, base_strip, {}, {sums + (n - panel) * ldc + j, ldc}, k0 > 0);
+      }
+      if (last && n + rows == panel + done) {
+        turn(sums, ldc, M, done, s.turned);
+        if (a.segments) add_segments<bf16>(a, panel, done, m0, m1, s.segment, s.segment_h, {s.turned, NP});
+        store_rows<bf16, OT>(a, panel, done, m0, M, {s.turned, NP});
+      }
+    }
+    k0 += deepest;
+  } while (k0 < KD);
+}
+
+template <class OT>
+void tile_panel(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
+  const Tiles unit;
+  few_rows(a) ? tile_panel_few<OT>(a, p0, p1, m0, m1, ws) : tile_panel_many<OT>(a, p0, p1, m0, m1, ws);
+}
+
+// The engine's entries: bf16 by tiles, the other types as everywhere.
+int64_t panel_floats_tiles(lk::Dtype t, const lk::PanelArgs& a, int64_t rows) {
+  if (t != lk::kBF16) return panel_floats(t, a, rows);
+  const int64_t few = TileSpace(a, true, rows, nullptr).floats, many = TileSpace(a, false, rows, nullptr).floats;
+  return few > many ? few : many;
+}
+int64_t shrink_rows_tiles(lk::Dtype t, bool masked) { return t == lk::kBF16 ? TILE : shrink_rows(t, masked); }
+lk::PanelBlock panel_block_tiles(lk::Dtype t, const lk::PanelArgs& a) { return t == lk::kBF16 ? tile_panel_block(a) : panel_block(t, a); }
+void panel_tiles(lk::Dtype t, const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
+  if (t != lk::kBF16) return panel(t, a, p0, p1, m0, m1, ws);
+  if (m0 >= m1) return;
+  a.out_f32 ? tile_panel<float>(a, p0, p1, m0, m1, ws) : tile_panel<bf16>(a, p0, p1, m0, m1, ws);
+}
+}  // namespace

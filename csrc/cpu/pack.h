@@ -60,28 +60,28 @@ void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64
   }
 }
 
-// dst[sub][k - k0][VECTORS * L] <- keep(k, n) w[k, n]; n is the block's first column, for the mask
-template <class T, int VECTORS = NV>
-void pack_nn(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth, lk::Mask keep, int64_t n) {
+// Columns c and on, two vectors of them, of lane k of keep(k, n) w[k, n]; n is the block's first column, for the mask.
+template <class T>
+LK_INLINE void lane_of_rows(const T* w, int64_t ld, int64_t cols, int64_t k, int64_t K, int64_t c, lk::Mask keep, int64_t n, V* v) {
   using P = PanelStep<T>;
-  for (int64_t k = k0; k < k1; k++) {
-    const int64_t row = k * P::PAIR;
-    const bool second = P::PAIR == 2 && row + 1 < K, plain = !keep.p && (second || P::PAIR == 1);
-    const T* p = w + row * ld;
+  const int64_t row = k * P::PAIR;
+  const bool second = P::PAIR == 2 && row + 1 < K;
+  const T* p = w + row * ld + c;
+  if (!keep.p && (second || P::PAIR == 1) && c + 2 * L <= cols) return P::columns(p, p + ld, v);
+  const uint32_t p_bits = keep.p ? keep_bits(keep, row, n + c) : ALL, q_bits = keep.p && second ? keep_bits(keep, row + 1, n + c) : ALL;
+  P::columns(p, second ? p + ld : nullptr, cols - c, p_bits, q_bits, v);
+}
+
+// dst[sub][k - k0][SW] <- keep(k, n) w[k, n]
+template <class T>
+void pack_nn(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth, lk::Mask keep, int64_t n) {
+  for (int64_t k = k0; k < k1; k++)
     for (int64_t c = 0; c < cols; c += 2 * L) {
       V v[2];
-      if (plain && c + 2 * L <= cols) {
-        P::columns(p + c, p + ld + c, v);
-      } else {
-        const uint32_t p_bits = keep.p ? keep_bits(keep, row, n + c) : ALL, q_bits = keep.p && second ? keep_bits(keep, row + 1, n + c) : ALL;
-        P::columns(p + c, second ? p + ld + c : nullptr, cols - c, p_bits, q_bits, v);
-      }
-      constexpr int64_t WIDTH = VECTORS * L;
-      for (int64_t i = 0; i < 2; i++) {
-        const int64_t at = c + i * L;
-        store(dst + (at / WIDTH * depth + k - k0) * WIDTH + at % WIDTH, v[i]);
-      }
+      lane_of_rows(w, ld, cols, k, K, c, keep, n, v);
+      float* d = dst + c / SW * depth * SW + (k - k0) * SW + c % SW;
+      store(d, v[0]);
+      store(d + L, v[1]);
     }
-  }
 }
 }  // namespace

@@ -9,6 +9,7 @@
 
 namespace {
 constexpr int64_t TILE_KC = 1280;      // lanes along k of one packed block
+constexpr int64_t TILE_STRIP = 320;    // the part of them whose rows stay in the L1 while all columns pass
 constexpr int64_t TILE_PANELS = 4;     // panels packed together: 1.25 MiB of L2
 constexpr int64_t FEW = 256;            // most rows for which x is packed instead of W
 constexpr int64_t FEW_PANELS = 16;     // panels of one call then: x is packed once for 1024 rows of W
@@ -64,7 +65,7 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
   const bf16* w = static_cast<const bf16*>(a.w.p) + (a.nt ? n * a.w.ld : n);
   if (a.R) {
     const bf16* b = static_cast<const bf16*>(a.b.p) + (a.nt ? n * a.b.ld : n);
-    a.nt ? pack_nt<bf16, 1>(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth) : pack_nn<bf16, 1>(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth, {}, n);
+    a.nt ? pack_nt<bf16, 1>(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth) : pack_tile_rows(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth);
     pad_lanes(s.rank, cols, RD, rank_depth);
   }
   const bool whole = KD > deepest || a.out_t || a.segments;
@@ -72,20 +73,28 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
   do {  // once even for K = 0: the rank term and the bias remain
     const int64_t k1 = min(k0 + deepest, KD), depth = tile_up(k1 - k0), K = min((k1 - k0) * 2, a.K - k0 * 2);
     const bool last = k1 == KD, rank = a.R && k0 == 0;
-    a.nt ? pack_nt<bf16, 1>(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth) : pack_nn<bf16, 1>(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth, a.w_keep, n);
+    a.nt ? pack_nt<bf16, 1>(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth) : pack_tile_rows(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth, a.w_keep, n);
     pad_lanes(s.packed, cols, k1 - k0, depth);
+    const int64_t strips = ceil_div(depth, TILE_STRIP), strip = strips > 1 ? tile_up(ceil_div(depth, strips)) : depth;
     for (int64_t m = m0; m < m1; m += BLOCK) {
       const int64_t rows = min(m1 - m, BLOCK);
-      const TileRows x = tile_rows(static_cast<const bf16*>(a.x.p) + m * a.x.ld + k0 * 2, a.x.ld, rows, K, s.rows, a.x_keep, m, k0 * 2);
       TileRows h{};
       if (rank) h = tile_rows(static_cast<const bf16*>(a.h.p) + m * a.h.ld, a.h.ld, rows, a.R, s.rank_rows);
-      for (int64_t j = 0; j < cols; j += BLOCK) {
-        // finished sums are stored at once, so one place that stays in the cache does
-        const Tile c = whole ? Tile{s.sums + (m - m0) * ldc + j, ldc} : Tile{s.sums, BLOCK};
-        const TileStrip rank_strip = {h, s.rank + j * rank_depth, rank ? rank_depth / TILE : 0}, base_strip = {x, s.packed + j * depth, depth / TILE};
-        tile_block_of(rows, min(cols - j, BLOCK), rank_strip, base_strip, {a.out_keep, a.keep_scale, m, n + j, rows}, c, k0 > 0);
-        if (last && !a.out_t && !a.segments) store_rows<bf16, OT>(a, n + j, min(cols - j, BLOCK), m, rows, c);
-      }
+      int64_t s0 = 0;
+      do {
+        const int64_t s1 = min(s0 + strip, depth), k = (k0 + s0) * 2;
+        const TileRows x = tile_rows(static_cast<const bf16*>(a.x.p) + m * a.x.ld + k, a.x.ld, rows, min((s1 - s0) * 2, K - s0 * 2), s.rows,
+                                     a.x_keep, m, k);
+        for (int64_t j = 0; j < cols; j += BLOCK) {
+          // finished sums are stored at once, so one place that stays in the cache does
+          const Tile c = whole ? Tile{s.sums + (m - m0) * ldc + j, ldc} : Tile{s.sums + (strips > 1 ? j * BLOCK : 0), BLOCK};
+          const TileStrip rank_strip = {h, s.rank + j * rank_depth, rank_depth, rank && s0 == 0 ? rank_depth / TILE : 0};
+          const TileStrip base_strip = {x, s.packed + j * depth + s0 * TILE, depth, (s1 - s0) / TILE};
+          tile_block_of(rows, min(cols - j, BLOCK), rank_strip, base_strip, {a.out_keep, a.keep_scale, m, n + j, rows}, c, k > 0);
+          if (last && s1 == depth && !a.out_t && !a.segments) store_rows<bf16, OT>(a, n + j, min(cols - j, BLOCK), m, rows, c);
+        }
+        s0 += strip;
+      } while (s0 < depth);
     }
     if (last && a.segments) {
       for (int64_t j = 0; j < cols; j += NP)
@@ -133,7 +142,7 @@ void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, 
       if (rank) b = tile_rows(static_cast<const bf16*>(a.b.p) + n * a.b.ld, a.b.ld, rows, a.R, s.rank_rows);
       float* sums = s.sums + (KD > deepest ? panel - n0 : 0) * ldc;
       for (int64_t j = 0; j < M; j += BLOCK) {
-        const TileStrip rank_strip = {b, s.rank + j * rank_depth, rank ? rank_depth / TILE : 0}, base_strip = {weights, s.packed + j * depth, depth / TILE};
+        const TileStrip rank_strip = {b, s.rank + j * rank_depth, rank_depth, rank ? rank_depth / TILE : 0}, base_strip = {weights, s.packed + j * depth, depth, depth / TILE};
         tile_block_of(rows, min(M - j, BLOCK), rank_strip, base_strip, {}, {sums + (n - panel) * ldc + j, ldc}, k0 > 0);
       }
       if (last && n + rows == panel + done) {

@@ -51,23 +51,36 @@ LK_INLINE void pad_lanes(float* packed, int64_t cols, int64_t lanes, int64_t dep
     for (int64_t k = lanes; k < depth; k++) store(packed + (c * depth + k) * TILE, zero());
 }
 
+// The same from w[k, n] along its rows, tile by tile: lane by lane every column's tiles, multiples of 4 KiB apart, would share a few lines of the L1.
+LK_INLINE void pack_tile_rows(const bf16* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth,
+                              lk::Mask keep = {}, int64_t n = 0) {
+  for (int64_t t = k0; t < k1; t += TILE)
+    for (int64_t c = 0; c < cols; c += BLOCK)
+      for (int64_t k = t; k < min(t + TILE, k1); k++) {
+        V v[2];
+        lane_of_rows(w, ld, cols, k, K, c, keep, n, v);
+        store(dst + (c / TILE * depth + k - k0) * TILE, v[0]);
+        store(dst + ((c / TILE + 1) * depth + k - k0) * TILE, v[1]);
+      }
+}
+
 // One strip of k of a block of sums: `steps` tiles of the rows' operand and of the packed columns.
 struct TileStrip {
   TileRows rows;
   const float* cols;
-  int64_t steps;
+  int64_t depth, steps;  // lanes of the packed columns; tiles of this strip
 };
 
 template <int MT, int NT>
 LK_INLINE void multiply(const TileStrip& s) {
   const int64_t ld = s.rows.ld * 2, step = s.rows.step * 2, below = TILE * ld;
-  const char *a = reinterpret_cast<const char*>(s.rows.p), *b = reinterpret_cast<const char*>(s.cols), *beside = b + s.steps * 1024;
+  const char *a = reinterpret_cast<const char*>(s.rows.p), *b = reinterpret_cast<const char*>(s.cols), *beside = b + s.depth * 64;
   for (int64_t k = 0; k < s.steps; k++, a += step, b += 1024, beside += 1024) {
     _tile_loadd(4, a, ld);
-    _tile_loadd(6, b, 64);
+    _tile_stream_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (NT == 2) {
-      _tile_loadd(7, beside, 64);
+      _tile_stream_loadd(7, beside, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (MT == 2) {

@@ -12,15 +12,15 @@ namespace {
 template <class T, class OT>
 void store_rows(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m, int64_t rows, Tile c) {
   const V alpha = set1(a.alpha);
-  for (int64_t j = 0; j < cols; j += L) {
-    const int64_t nv = cols - j;
-    const V bias = a.bias ? load(static_cast<const T*>(a.bias) + n + j, nv) : zero();
-    for (int64_t i = 0; i < rows; i++) {
-      OT* out = static_cast<OT*>(a.out.p) + (m + i) * a.out.ld + n + j;
+  for (int64_t i = 0; i < rows; i++) {
+    OT* out = static_cast<OT*>(a.out.p) + (m + i) * a.out.ld + n;
+    for (int64_t j = 0; j < cols; j += L) {
+      const int64_t nv = cols - j;
+      const V bias = a.bias ? load(static_cast<const T*>(a.bias) + n + j, nv) : zero();
       if (nv >= L)
-        store(out, fma(load(c.p + i * c.ld + j), alpha, bias));
+        store(out + j, fma(load(c.p + i * c.ld + j), alpha, bias));
       else
-        store(out, fma(load(c.p + i * c.ld + j), alpha, bias), nv);
+        store(out + j, fma(load(c.p + i * c.ld + j), alpha, bias), nv);
     }
   }
 }

@@ -100,20 +100,25 @@ LK_INLINE void add_rank_of(int rows, const typename PanelStep<T>::X* const* h, c
   }
 }
 
+// An adapter's rows of a panel come while the one before is worked on.
+template <class T>
+LK_INLINE void fetch_segment(const lk::PanelArgs& a, int64_t i, int64_t n, int64_t cols) {
+  if (i >= a.segment_count) return;
+  const int64_t row_bytes = a.b.ld * static_cast<int64_t>(sizeof(T)), used = a.segments[i].adapter.R * static_cast<int64_t>(sizeof(T));
+  const int64_t rows_of_a_line = row_bytes < 64 ? 64 / row_bytes : 1;
+  const char* next = static_cast<const char*>(a.segments[i].adapter.b) + n * row_bytes;
+  for (int64_t j = 0; j < cols; j += rows_of_a_line)
+    for (int64_t at = 0; at < used; at += 64) prefetch(next + j * row_bytes + at);
+}
+
 // The rank terms of many adapters, onto the finished base in C.
 template <class T>
 void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, float* pb, float* hs, Tile C) {
-  const int64_t row_bytes = a.b.ld * static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < a.segment_count; i++) {
     const lk::Segment& s = a.segments[i];
     const int64_t R = s.adapter.R;
     if (!R || s.rows[s.count - 1] < m0 || s.rows[0] >= m1) continue;
-    if (i + 1 < a.segment_count) {  // the next adapter's rows of this panel come while this one is worked on
-      const char* next = static_cast<const char*>(a.segments[i + 1].adapter.b) + n * row_bytes;
-      const int64_t used = a.segments[i + 1].adapter.R * static_cast<int64_t>(sizeof(T)), rows_of_a_line = row_bytes < 64 ? 64 / row_bytes : 1;
-      for (int64_t j = 0; j < cols; j += rows_of_a_line)
-        for (int64_t at = 0; at < used; at += 64) prefetch(next + j * row_bytes + at);
-    }
+    fetch_segment<T>(a, i + 1, n, cols);
     pack_nt<T>(static_cast<const T*>(s.adapter.b) + n * a.b.ld, a.b.ld, cols, 0, ceil_div(R, PanelStep<T>::PAIR), R, pb,
                ceil_div(R, PanelStep<T>::PAIR));
     const typename PanelStep<T>::X* h[RANK_ROWS];

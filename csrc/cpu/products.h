@@ -74,6 +74,13 @@ inline int64_t panel_workspace(const Kernels& k, Dtype t, const PanelArgs& a) {
   return (k.panel_floats(t, a, std::min<int64_t>(a.M, 2064)) + 1023) / 1024 * 1024;
 }
 
+// The same on this thread alone, in a workspace of panel_workspace floats.
+inline void serial_panel_product(const Kernels& k, Dtype t, const PanelArgs& a, float* ws) {
+  const PanelBlock block = k.panel_block(t, a);
+  const Deal deal(a, block, 1);
+  panel_units(k, t, a, block, deal, 0, deal.units(), ws);
+}
+
 // Products in panel form that need nothing of each other, in one pass over the pool.
 inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int count, int threads) {
   int64_t floats = 0, most = 0, work = 0;

@@ -11,14 +11,19 @@ namespace {
 constexpr int64_t TILE_KC = 1280;      // lanes along k of one packed block
 constexpr int64_t TILE_STRIP = 320;    // the part of them whose rows stay in the L1 while all columns pass
 constexpr int64_t TILE_PANELS = 4;     // panels packed together: 1.25 MiB of L2
-constexpr int64_t FEW = 256;            // most rows for which x is packed instead of W
+constexpr int64_t FEW = 64, MORE = 256; // most rows for which x is packed instead of W
 constexpr int64_t FEW_PANELS = 16;     // panels of one call then: x is packed once for 1024 rows of W
+constexpr int64_t FEW_OF_ONE = 4;      // rows of one adapter that take its B in place
 constexpr int64_t STREAM_ROWS = 128;   // up to so many rows packing W is a matter of fetching it:
 constexpr int64_t STREAM_KC = 256;     // blocks are no deeper, so that they are packed as others are multiplied
 constexpr int64_t TILE_ROWS = 2016;    // rows of one call
 constexpr int64_t TILE_SUM_ROWS = 768; // the same where the sums of all rows wait for the next block of k
 
-LK_INLINE bool few_rows(const lk::PanelArgs& a) { return a.nt && (a.M <= FEW / 4 || (a.M <= FEW && a.M * 8 <= a.N)) && a.M <= a.N && !a.x_keep.p && !a.out_keep.p && !a.out_t; }
+// What packing costs: x M K, W N K. Sums of W's rows are turned before they are stored, which pays for more rows only where W is much larger.
+LK_INLINE bool few_rows(const lk::PanelArgs& a) {
+  const bool fewer = a.M <= FEW ? a.M <= a.N : a.M <= MORE && a.M * 8 <= a.N;
+  return a.nt && fewer && !a.x_keep.p && !a.out_keep.p && !a.out_t;
+}
 
 LK_INLINE int64_t most_lanes(const lk::PanelArgs& a, bool few) { return !few && a.M <= STREAM_ROWS ? STREAM_KC : TILE_KC; }
 
@@ -35,10 +40,10 @@ lk::PanelBlock tile_panel_block(const lk::PanelArgs& a) {
 
 // A call's workspace: sized and laid out by one function.
 struct TileSpace {
-  float *packed, *rank, *sums, *turned, *segment, *segment_h;
-  bf16 *rows, *rank_rows;
+  float *packed, *rank, *sums, *turned, *segment, *segment_sums;
+  bf16 *rows, *rank_rows, *segment_h;
   int64_t few_columns, floats = 0;
-  TileSpace(const lk::PanelArgs& a, bool few, int64_t m_rows, float* ws) : few_columns(ceil_div(min(m_rows, FEW), BLOCK) * BLOCK) {
+  TileSpace(const lk::PanelArgs& a, bool few, int64_t m_rows, float* ws) : few_columns(ceil_div(min(m_rows, MORE), BLOCK) * BLOCK) {
     const int64_t KD = tile_up(ceil_div(a.K, 2)), most = most_lanes(a, few), depth = min(KD, most), RD = tile_up(ceil_div(a.R, 2));
     const int64_t across = few ? few_columns : TILE_PANELS * NP;
     const auto take = [&](int64_t n) {
@@ -50,12 +55,76 @@ struct TileSpace {
     rank = take(RD * across);
     sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * across : (m_rows + BLOCK) * across);
     turned = take(few ? few_columns * NP : 0);
-    segment = take(even_up(a.segment_R) * NP);
-    segment_h = take(RANK_ROWS * (a.segment_R + L));
+    segment = take(tile_up(ceil_div(a.segment_R, 2)) * NP);
+    segment_sums = take(a.segment_R ? BLOCK * NP : 0);
+    segment_h = reinterpret_cast<bf16*>(take(tile_up(ceil_div(a.segment_R, 2)) * BLOCK));
     rows = reinterpret_cast<bf16*>(take(depth * BLOCK));
     rank_rows = reinterpret_cast<bf16*>(take(RD * BLOCK));
   }
 };
+
+// Up to FEW_OF_ONE rows of a segment: B's rows are tiles' rows in place, h is packed, and a row of the result is a column of the sums.
+LK_INLINE void add_few(const lk::PanelArgs& a, const lk::Segment& s, int64_t first, int64_t last, const bf16* b, int64_t cols, int64_t m0,
+                       const TileSpace& space, Tile C) {
+  const int64_t R = s.adapter.R, depth = tile_up(ceil_div(R, 2));
+  for (int64_t k = 0; k < depth; k++) store(space.segment + k * TILE, zero());
+  for (int64_t i = first; i < last; i++) {
+    const bf16* h = static_cast<const bf16*>(a.h.p) + s.rows[i] * a.h.ld;
+    bf16* to = reinterpret_cast<bf16*>(space.segment) + (i - first) * 2;
+    for (int64_t r = 0; r < R; r++) to[r / 2 * 2 * TILE + r % 2] = h[r];
+  }
+  for (int64_t j = 0; j < cols; j += BLOCK) {
+    const int64_t width = min(cols - j, BLOCK);
+    const TileRows rows = tile_rows(b + j * a.b.ld, a.b.ld, width, R, space.segment_h);
+    tile_block_of(width, TILE, {}, {rows, space.segment, depth, depth / TILE}, {}, {space.segment_sums, TILE}, false);
+    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(TILE), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    for (int64_t i = first; i < last; i++)
+      for (int64_t n = 0; n < width; n += L) {
+        float* c = C.p + (s.rows[i] - m0) * C.ld + j + n;
+        store(c, add(load(c), _mm512_i32gather_ps(down, space.segment_sums + n * TILE + (i - first), 4)));
+      }
+  }
+}
+
+// Rows `first` .. `last` of a segment, up to BLOCK: their h gathered, C's rows += h B.
+LK_INLINE void add_block(const lk::PanelArgs& a, const lk::Segment& s, int64_t first, int64_t last, int64_t cols, int64_t m0, const TileSpace& space,
+                         Tile C) {
+  const int64_t R = s.adapter.R, depth = tile_up(ceil_div(R, 2));
+  for (int64_t i = first; i < last; i++) {
+    const bf16* h = static_cast<const bf16*>(a.h.p) + s.rows[i] * a.h.ld;
+    for (int64_t r = 0; r < R; r += STEP_K)
+      _mm512_storeu_si512(space.segment_h + r * BLOCK + (i - first) * STEP_K, _mm512_maskz_loadu_epi16(first32(R - r), h + r));
+  }
+  const TileRows rows = {space.segment_h, STEP_K, COPIED_STEP};
+  for (int64_t j = 0; j < cols; j += BLOCK)
+    tile_block_of(last - first, min(cols - j, BLOCK), {}, {rows, space.segment + j * depth, depth, depth / TILE}, {}, {space.segment_sums + j, NP},
+                  false);
+  for (int64_t i = first; i < last; i++) {
+    float* c = C.p + (s.rows[i] - m0) * C.ld;
+    for (int64_t j = 0; j < cols; j += L) store(c + j, add(load(c + j), load(space.segment_sums + (i - first) * NP + j)));
+  }
+}
+
+// The rank terms of many adapters, onto the finished base in C.
+LK_INLINE void add_tile_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, const TileSpace& space, Tile C) {
+  for (int64_t i = 0; i < a.segment_count; i++) {
+    const lk::Segment& s = a.segments[i];
+    const int64_t R = s.adapter.R, depth = tile_up(ceil_div(R, 2));
+    int64_t first = 0, last = s.count;
+    while (first < last && s.rows[first] < m0) first++;
+    while (first < last && s.rows[last - 1] >= m1) last--;
+    if (!R || first == last) continue;
+    fetch_segment<bf16>(a, i + 1, n, cols);
+    const bf16* b = static_cast<const bf16*>(s.adapter.b) + n * a.b.ld;
+    if (last - first <= FEW_OF_ONE) {
+      add_few(a, s, first, last, b, cols, m0, space, C);
+      continue;
+    }
+    pack_nt<bf16, 1>(b, a.b.ld, cols, 0, ceil_div(R, 2), R, space.segment, depth);
+    pad_lanes(space.segment, cols, ceil_div(R, 2), depth);
+    for (; first < last; first += BLOCK) add_block(a, s, first, min(first + BLOCK, last), cols, m0, space, C);
+  }
+}
 
 template <class OT>
 void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
@@ -98,7 +167,7 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
     }
     if (last && a.segments) {
       for (int64_t j = 0; j < cols; j += NP)
-        add_segments<bf16>(a, n + j, min(cols - j, NP), m0, m1, s.segment, s.segment_h, {s.sums + j, ldc});
+        add_tile_segments(a, n + j, min(cols - j, NP), m0, m1, s, {s.sums + j, ldc});
       store_rows<bf16, OT>(a, n, cols, m0, m1 - m0, {s.sums, ldc});
     }
     if (last && a.out_t) store_transposed<OT>(a, n, cols, m0, m1, {s.sums, ldc});
@@ -132,7 +201,7 @@ void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, 
   do {
     const int64_t k1 = min(k0 + deepest, KD), depth = tile_up(k1 - k0), K = min((k1 - k0) * 2, a.K - k0 * 2);
     const bool last = k1 == KD, rank = a.R && k0 == 0;
-    pack_nt<bf16, 1>(static_cast<const bf16*>(a.x.p) + m0 * a.x.ld, a.x.ld, M, k0, k1, a.K, s.packed, depth);
+    pack_few(static_cast<const bf16*>(a.x.p) + m0 * a.x.ld, a.x.ld, M, k0, k1, a.K, s.packed, depth);
     pad_lanes(s.packed, M, k1 - k0, depth);
     for (int64_t n = n0; n < n1; n += BLOCK) {
       const int64_t rows = min(n1 - n, BLOCK), panel = n / NP * NP, done = min(n1 - panel, NP);
@@ -147,7 +216,7 @@ void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, 
       }
       if (last && n + rows == panel + done) {
         turn(sums, ldc, M, done, s.turned);
-        if (a.segments) add_segments<bf16>(a, panel, done, m0, m1, s.segment, s.segment_h, {s.turned, NP});
+        if (a.segments) add_tile_segments(a, panel, done, m0, m1, s, {s.turned, NP});
         store_rows<bf16, OT>(a, panel, done, m0, M, {s.turned, NP});
       }
     }
@@ -167,7 +236,7 @@ int64_t panel_floats_tiles(lk::Dtype t, const lk::PanelArgs& a, int64_t rows) {
   const int64_t few = TileSpace(a, true, rows, nullptr).floats, many = TileSpace(a, false, rows, nullptr).floats;
   return few > many ? few : many;
 }
-int64_t shrink_rows_tiles(lk::Dtype t, bool masked) { return t == lk::kBF16 ? TILE : shrink_rows(t, masked); }
+int64_t shrink_rows_tiles(lk::Dtype t, bool masked) { return t == lk::kBF16 ? lk::kAnyRows : shrink_rows(t, masked); }
 lk::PanelBlock panel_block_tiles(lk::Dtype t, const lk::PanelArgs& a) { return t == lk::kBF16 ? tile_panel_block(a) : panel_block(t, a); }
 void panel_tiles(lk::Dtype t, const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
   if (t != lk::kBF16) return panel(t, a, p0, p1, m0, m1, ws);

@@ -51,6 +51,16 @@ LK_INLINE void pad_lanes(float* packed, int64_t cols, int64_t lanes, int64_t dep
     for (int64_t k = lanes; k < depth; k++) store(packed + (c * depth + k) * TILE, zero());
 }
 
+// Rows as columns: [rows, k] by pack_nt; a single one without its transpose of 15 rows of zeros.
+LK_INLINE void pack_few(const bf16* x, int64_t ld, int64_t rows, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth) {
+  if (rows > 1) return pack_nt<bf16, 1>(x, ld, rows, k0, k1, K, dst, depth);
+  for (int64_t k = k0; k < k1; k += TILE) {
+    const __m512i v = _mm512_maskz_loadu_epi16(first32(K - k * 2), x + k * 2);
+    float* d = dst + (k - k0) * TILE;
+    for (int i = 0; i < min(k1 - k, TILE); i++) _mm512_storeu_si512(d + i * TILE, _mm512_maskz_permutexvar_epi32(1, _mm512_set1_epi32(i), v));
+  }
+}
+
 // The same from w[k, n] along its rows, tile by tile: lane by lane every column's tiles, multiples of 4 KiB apart, would share a few lines of the L1.
 LK_INLINE void pack_tile_rows(const bf16* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth,
                               lk::Mask keep = {}, int64_t n = 0) {

@@ -92,9 +92,11 @@ def _measured(rows: list[dict], M: int, N: int, K: int) -> str | None:
     return found if abs(math.log(min(measured, LARGE) / min(M, LARGE))) <= NEAR else None
 
 
-def _rule(op: str, M: int, K: int) -> str:
-    """Panels win from 33 rows on, from 16 where a row of the weight is short; backward from 4 on (configs/cpu_avx512_bf16.json)."""
-    return "in_place" if (2 if op == "bwd" else 15 if K <= 128 else 32) >= M else "panels"
+def _rule(op: str, dtype: int, M: int, K: int) -> str:
+    """Panels win from 33 rows on, from 16 where a row of the weight is short; backward from 4 on (configs/cpu_avx512_bf16.json). On tiles (AMX)
+    from 2 on (configs/cpu_amx_bf16.json)."""
+    tiles = _isa == "amx_bf16" and DTYPES[dtype] == "bfloat16"
+    return "in_place" if (2 if op == "bwd" else 1 if tiles else 15 if K <= 128 else 32) >= M else "panels"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -108,4 +110,4 @@ def form(op: str, dtype: int, M: int, N: int, K: int) -> int:
         rows = [row for row in table if row["op"] == op and row["dtype"] == DTYPES[dtype]]
         if found := _measured(rows, M, N, K):
             return FORMS.index(found)
-    return FORMS.index(_rule(op, M, K))
+    return FORMS.index(_rule(op, dtype, M, K))

@@ -80,8 +80,8 @@ struct WideArgs {
   bool out_f32;  // store fp32 instead of the operands' type
 };
 
-constexpr int64_t kPanel = 64;        // columns of one panel
-constexpr int64_t kBroad = 4;         // panels of one broad block
+constexpr int64_t kPanel = 64;  // columns of one panel
+constexpr int64_t kBroad = 4;   // panels of one broad block
 // How much of a product one panel call takes well.
 struct PanelBlock {
   int64_t rows;      // most rows, so that their fp32 sums stay in the cache
@@ -89,8 +89,8 @@ struct PanelBlock {
   int64_t row_tile;  // what the rows of a call should be a multiple of
 };
 constexpr int64_t kAnyRows = 4, kNever = int64_t{1} << 62;  // of shrink_rows: few enough not to ask each adapter of a batch; not at all
-constexpr int64_t kWideRows = 32;     // most rows of the wide form
-constexpr int64_t kWideBlock = 4096;  // accumulators of one wide block: 16 KiB
+constexpr int64_t kWideRows = 32;                           // most rows of the wide form
+constexpr int64_t kWideBlock = 4096;                        // accumulators of one wide block: 16 KiB
 constexpr int64_t kWideFloats = 2 * kWideBlock;
 
 struct Kernels {

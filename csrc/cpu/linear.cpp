@@ -49,7 +49,7 @@ class Transposed {
 float keep_scale(const Problem& p) { return p.drop_threshold < 65536 ? 65536.f / static_cast<float>(65536 - p.drop_threshold) : 0.f; }
 int64_t mask_words(const Problem& p) { return (p.K + 31) / 32; }
 
-constexpr int64_t kBroadRows = 128;   // with more rows packing W hardly counts, and the sums of a broad block outgrow the L2
+constexpr int64_t kBroadRows = 128;  // with more rows packing W hardly counts, and the sums of a broad block outgrow the L2
 
 // out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term. In panel form it is left to the caller, in `products`
 void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha,

@@ -15,8 +15,8 @@ constexpr int64_t TILE_PANELS = 4;       // panels packed together: 1.25 MiB of 
 constexpr int64_t FEW = 64, MORE = 256;  // most rows for which x is packed instead of W
 constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W
 constexpr int64_t FEW_OF_ONE = 4;        // rows of one adapter that take its B in place
-constexpr int64_t STREAM_ROWS = 128;     // up to so many rows packing W is a matter of fetching it:
-constexpr int64_t STREAM_KC = 256;       // blocks are no deeper, so that they are packed as others are multiplied
+constexpr int64_t STREAM_ROWS = 128;     // up to so many rows W is packed in shallower blocks: dx of M 64, 2048 x 2048 in 1187 us instead of 1250
+constexpr int64_t STREAM_KC = 256;
 constexpr int64_t TILE_ROWS = 2016;      // rows of one call
 constexpr int64_t TILE_SUM_ROWS = 768;   // the same where the sums of all rows wait for the next block of k
 

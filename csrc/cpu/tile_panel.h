@@ -15,10 +15,11 @@ constexpr int64_t TILE_PANELS = 4;       // panels packed together: 1.25 MiB of 
 constexpr int64_t FEW = 64, MORE = 256;  // most rows for which x is packed instead of W
 constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W
 constexpr int64_t FEW_OF_ONE = 4;        // rows of one adapter that take its B in place
-constexpr int64_t STREAM_ROWS = 128;     // up to so many rows W is packed in shallower blocks: dx of M 64, 2048 x 2048 in 1187 us instead of 1250
-constexpr int64_t STREAM_KC = 256;
-constexpr int64_t TILE_ROWS = 2016;      // rows of one call
-constexpr int64_t TILE_SUM_ROWS = 768;   // the same where the sums of all rows wait for the next block of k
+// Up to so many rows packing W is a matter of fetching it: longer pieces of its rows, in shallower blocks. dx of M 8, 2048 x 2048 takes 1127 us
+// instead of 1414.
+constexpr int64_t STREAM_ROWS = 128, STREAM_KC = 128, STREAM_PANELS = 8;
+constexpr int64_t TILE_ROWS = 2016;     // rows of one call
+constexpr int64_t TILE_SUM_ROWS = 768;  // the same where the sums of all rows wait for the next block of k
 
 // What packing costs: x M K, W N K. Sums of W's rows are turned before they are stored, which pays for more rows only where W is much larger.
 LK_INLINE bool few_rows(const lk::PanelArgs& a) {
@@ -28,6 +29,8 @@ LK_INLINE bool few_rows(const lk::PanelArgs& a) {
 
 LK_INLINE int64_t most_lanes(const lk::PanelArgs& a, bool few) { return !few && a.M <= STREAM_ROWS ? STREAM_KC : TILE_KC; }
 
+LK_INLINE int64_t most_panels(const lk::PanelArgs& a, bool few) { return !few && a.M <= STREAM_ROWS ? STREAM_PANELS : TILE_PANELS; }
+
 // Even blocks, so that the last is no sliver.
 LK_INLINE int64_t tile_depth(const lk::PanelArgs& a, bool few) {
   const int64_t KD = ceil_div(a.K, 2), blocks = ceil_div(KD, most_lanes(a, few));
@@ -36,7 +39,7 @@ LK_INLINE int64_t tile_depth(const lk::PanelArgs& a, bool few) {
 
 lk::PanelBlock tile_panel_block(const lk::PanelArgs& a) {
   const bool few = few_rows(a), once = ceil_div(a.K, 2) <= most_lanes(a, few);
-  return {once ? TILE_ROWS : TILE_SUM_ROWS, few && once ? FEW_PANELS : TILE_PANELS, BLOCK};
+  return {once ? TILE_ROWS : TILE_SUM_ROWS, few && once ? FEW_PANELS : most_panels(a, few), BLOCK};
 }
 
 // A call's workspace: sized and laid out by one function.
@@ -46,7 +49,7 @@ struct TileSpace {
   int64_t few_columns, floats = 0;
   TileSpace(const lk::PanelArgs& a, bool few, int64_t m_rows, float* ws) : few_columns(ceil_div(min(m_rows, MORE), BLOCK) * BLOCK) {
     const int64_t KD = tile_up(ceil_div(a.K, 2)), most = most_lanes(a, few), depth = min(KD, most), RD = tile_up(ceil_div(a.R, 2));
-    const int64_t across = few ? few_columns : TILE_PANELS * NP;
+    const int64_t across = few ? few_columns : most_panels(a, few) * NP;
     const auto take = [&](int64_t n) {
       float* p = ws ? ws + floats : nullptr;
       floats += (n + TILE - 1) / TILE * TILE;

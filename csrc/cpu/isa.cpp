@@ -26,8 +26,6 @@ bool has_avx512_bf16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
-#endif
-
 // AMX's registers are the operating system's to grant: Linux does from 5.16 on, once for all threads of the process that come after.
 bool has_amx_bf16() {
 #if defined(__linux__)
@@ -41,6 +39,7 @@ bool has_amx_bf16() {
   return false;
 #endif
 }
+#endif
 
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;

@@ -75,10 +75,10 @@ versions: $(VENV)/.native
 sanitize: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH sh tests/sanitize/run.sh
 
-# The AVX-512 kernels on a CPU without AVX-512: their tests, on emulated instructions (Debian's libsimde-dev), in under 2 minutes.
+# The AVX-512 and AMX kernels on a CPU without either: their tests, on emulated instructions (Debian's libsimde-dev), in a few minutes.
 emulate: $(VENV)/.deps
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/emulate/build.py
-	PYTHONPATH=build/emulate $(BIN)/pytest -q -n 2 -k avx512 tests/test_native_cpu.py tests/test_native_cpu_batched.py tests/test_native_cpu_batched_ops.py
+	PYTHONPATH=build/emulate $(BIN)/pytest -q -n 2 -k "avx512 or amx" tests/test_native_cpu.py tests/test_native_cpu_batched.py tests/test_native_cpu_batched_ops.py
 
 # The Triton and CUDA kernels without a GPU: the tests written for one, on their PTX for sm_90, executed instruction by instruction (tests/ptx).
 # In two processes: the tests of tests/interpreter want a machine without csrc/cuda.

@@ -1,6 +1,7 @@
-"""`make emulate`: a copy of the package in build/emulate whose AVX-512 kernels run on any CPU, their intrinsics emulated (immintrin.h).
+"""`make emulate`: a copy of the package in build/emulate whose AVX-512 and AMX kernels run on any CPU, their intrinsics emulated (immintrin.h,
+tiles.h).
 
-It shows that the AVX-512 code computes the right thing, on machines that cannot run it; nothing of its speed. Needs SIMDe's headers.
+It shows that their code computes the right thing, on machines that cannot run it; nothing of its speed. Needs SIMDe's headers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
     out = ROOT / "build" / "emulate"
     shutil.rmtree(out / "lora_kernels", ignore_errors=True)
     shutil.copytree(ROOT / "lora_kernels", out / "lora_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    native_build.ISA_FLAGS.update(avx512=EMULATED, avx512_bf16=EMULATED)
+    native_build.ISA_FLAGS.update(avx512=EMULATED, avx512_bf16=EMULATED, amx_bf16=EMULATED)
     cpu_part = native_build.cpu_part
 
     def every_isa() -> native_build.Part:

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "tiles.h"
+
 namespace emulated {
 using F512 = simde__m512;
 using I512 = simde__m512i;
@@ -67,17 +69,6 @@ inline I256 to_half(const F512& v) {
   memcpy(&out, half, sizeof out);
   return out;
 }
-inline float flushed(uint32_t bits) {  // the bf16 instructions take denormals as zero, and give none
-  if ((bits & 0x7f800000) == 0) bits &= 0x80000000;
-  float v;
-  memcpy(&v, &bits, 4);
-  return v;
-}
-inline uint32_t bits_of(float v) {
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
-  return bits;
-}
 inline I256 to_bf16(const F512& v) {
   const Lanes<F512, uint32_t, 16> in(v);
   Lanes<I256, uint16_t, 16> out;
@@ -87,16 +78,15 @@ inline I256 to_bf16(const F512& v) {
   }
   return out.vector();
 }
-// vdpbf16ps: the odd elements' product first, then the even ones'. A product of two bf16 is exact in float32, so fused or not is one.
+// vdpbf16ps: the odd elements' product first, then the even ones'
 template <class Pairs>
 F512 dot_bf16(const F512& acc, const Pairs& a, const Pairs& b) {
   const Lanes<F512, uint32_t, 16> c(acc);
   const Lanes<Pairs, uint32_t, 16> p(a), q(b);
   Lanes<F512, float, 16> out;
   for (int i = 0; i < 16; i++) {
-    float sum = flushed(c.at[i]);
-    sum = flushed(bits_of(__builtin_fmaf(flushed(p.at[i] & 0xffff0000), flushed(q.at[i] & 0xffff0000), sum)));
-    out.at[i] = flushed(bits_of(__builtin_fmaf(flushed(p.at[i] << 16), flushed(q.at[i] << 16), sum)));
+    const float odd = multiply_add(p.at[i] & 0xffff0000, q.at[i] & 0xffff0000, flushed(c.at[i]));
+    out.at[i] = multiply_add(p.at[i] << 16, q.at[i] << 16, odd);
   }
   return out.vector();
 }

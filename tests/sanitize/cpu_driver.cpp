@@ -66,6 +66,7 @@ int main(int argc, char** argv) {
                 run_batched(s[0], s[1], s[2], s[3], type, adapter, form, threshold > 0, pad), runs++;
             }
     }
+    if (!small) runs += run_panels();
     std::printf("%-12s done\n", isa.c_str());
   }
   std::printf("%d runs, %d failures\n", runs, failures);

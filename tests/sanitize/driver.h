@@ -46,3 +46,4 @@ inline void expect(bool ok, const char* isa, const char* what, int64_t M, int64_
 }
 
 void run_batched(int64_t M, int64_t N, int64_t K, int64_t R, lk::Dtype type, lk::Dtype adapter, lk::Form form, bool drop, int64_t pad);
+int run_panels();  // how many

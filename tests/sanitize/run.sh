@@ -1,6 +1,7 @@
 #!/bin/sh
-# `make sanitize`: the CPU engine under AddressSanitizer + UndefinedBehaviorSanitizer (every instruction set of this machine) and, where valgrind
-# is installed, under memcheck (the sets that valgrind knows: AVX2 and portable). Build files go to build/sanitize. Fails on the first finding.
+# `make sanitize`: the CPU engine under AddressSanitizer + UndefinedBehaviorSanitizer (every instruction set of this machine, and AMX by tiles that
+# are emulated where it has the rest) and, where valgrind is installed, under memcheck (the sets that valgrind knows: AVX2 and portable). Build
+# files go to build/sanitize. Fails on the first finding.
 set -eu
 cd "$(dirname "$0")/../.."
 out=build/sanitize
@@ -8,15 +9,19 @@ cxx=${CXX:-g++}
 rm -rf "$out"
 mkdir -p "$out"
 
+avx512="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 compile() { # name, flags...
   name=$1
   shift
   for source in csrc/cpu/*.cpp tests/sanitize/*_driver.cpp; do
     case $(uname -m):$source in
-      x86_64:*isa_avx512_bf16.cpp) isa="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16" ;;
-      x86_64:*isa_avx512.cpp) isa="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq" ;;
+      x86_64:*isa_avx512_bf16.cpp) isa="$avx512 -mavx512bf16" ;;
+      # gcc's tile loads are assembly, whose bytes no sanitizer sees
+      x86_64:*isa_amx_bf16.cpp) isa="$avx512 -mavx512bf16 -include immintrin.h -include tests/emulate/tiles.h" ;;
+      x86_64:*/isa.cpp) isa="-include tests/emulate/has_tiles.h" ;;
+      x86_64:*isa_avx512.cpp) isa=$avx512 ;;
       x86_64:*isa_avx2.cpp) isa="-mavx2 -mfma -mf16c" ;;
-      *isa_avx*.cpp) continue ;;
+      *isa_avx*.cpp | *isa_amx*.cpp) continue ;;
       *) isa="" ;;
     esac
     echo "$cxx -std=c++17 -g -Icsrc $* $isa -c $source -o $out/$name-$(basename "$source" .cpp).o"

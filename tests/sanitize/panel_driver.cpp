@@ -21,6 +21,12 @@ double value(const Matrix& m, int64_t i, int64_t j) {
   return v;
 }
 
+Matrix among_nan(Matrix m) {  // what lies between the rows gets into no result
+  const int64_t size = m.type == lk::kF32 ? 4 : 2;
+  for (int64_t i = 0; i + 1 < m.rows; i++) std::memset(m.data.get() + (i * m.ld + m.cols) * size, 0xff, static_cast<size_t>((m.ld - m.cols) * size));
+  return m;
+}
+
 struct Bits {
   int64_t words;
   std::unique_ptr<uint32_t[]> data;
@@ -35,7 +41,7 @@ struct Bits {
 void run_panel(Shape s, lk::Dtype type, Options o, bool out_f32, int64_t pad, int64_t room) {
   const lk::Kernels& k = lk::kernels();
   std::mt19937 rng(static_cast<unsigned>(s.M * 131 + s.N * 17 + s.K * 3 + s.R));
-  const auto matrix = [&](int64_t rows, int64_t cols) { return Matrix(rows, cols, type, pad, rng); };
+  const auto matrix = [&](int64_t rows, int64_t cols) { return among_nan(Matrix(rows, cols, type, pad, rng)); };
   const Matrix x = matrix(s.M, s.K), w = o.nt ? matrix(s.N, s.K) : matrix(s.K, s.N), h = matrix(s.M, s.R),
                b = o.nt ? matrix(s.N, s.R) : matrix(s.R, s.N);
   const Matrix bias(1, s.N, type, 0, rng);

@@ -133,7 +133,7 @@ def test_rule_of_thumb(lookups, monkeypatch, op, K, last):
     assert [cpu.FORMS[cpu.form(op, 0, M, 4096, K)] for M in (last, last + 1)] == ["in_place", "panels"]
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16", "amx_bf16"])
 def test_no_shipped_row_speaks_for_short_rows_of_the_weight(lookups, monkeypatch, isa):
     """(1536, 576) was measured, and N * K of (4096, 64) is within 4 of it."""
     monkeypatch.setattr(cpu, "_isa", isa)

@@ -2,14 +2,15 @@
 //
 //   LORA_KERNELS_CUDA=0 python csrc/native_build.py
 //   g++ -std=c++17 -O2 -Icsrc benchmarks/cpu_kernels.cpp build/native-*/{isa*,threads,linear,batched*}.o -ldl -o build/cpu_kernels
-//   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels
+//   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB]
 //
-// Weights turn through 96 MiB, so that they come from memory as in a model. Least and median of nine samples of 50 ms.
+// Weights turn through 96 MiB, or those asked for, so that they come from memory as in a model. Operands lie at whole lines, as PyTorch's do. Least and median of nine samples of 50 ms.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -24,46 +25,50 @@ double seconds() {
   return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
 }
 
-std::vector<char> matrix(lk::Dtype type, int64_t n, std::mt19937& rng) {
+using Matrix = std::unique_ptr<char, decltype(&std::free)>;
+
+Matrix matrix(lk::Dtype type, int64_t n, std::mt19937& rng) {
   std::uniform_real_distribution<float> uniform(-1, 1);
   std::vector<float> values(static_cast<size_t>(n));
   for (float& v : values) v = uniform(rng);
-  std::vector<char> made(values.size() * (type == lk::kF32 ? 4 : 2));
+  const size_t bytes = values.size() * (type == lk::kF32 ? 4 : 2);
+  Matrix made(static_cast<char*>(std::aligned_alloc(64, bytes / 64 * 64 + 64)), std::free);
   if (type == lk::kF32)
-    std::memcpy(made.data(), values.data(), made.size());
+    std::memcpy(made.get(), values.data(), bytes);
   else
-    lk::kernels().cast(type, values.data(), made.data(), n);
+    lk::kernels().cast(type, values.data(), made.get(), n);
   return made;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 8) return std::fprintf(stderr, "usage: %s fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels\n", argv[0]), 2;
+  if (argc < 8) return std::fprintf(stderr, "usage: %s fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB]\n", argv[0]), 2;
   const std::string mode = argv[1], type_name = argv[6];
   const int64_t M = std::atoll(argv[2]), N = std::atoll(argv[3]), K = std::atoll(argv[4]), R = std::atoll(argv[5]), seed = 1;
   const lk::Dtype type = type_name == "f32" ? lk::kF32 : type_name == "bf16" ? lk::kBF16 : lk::kF16;
   const lk::Form form = std::string(argv[7]) == "panels" ? lk::kPanels : lk::kInPlace;
   std::mt19937 rng(1);
-  std::vector<std::vector<char>> weights;
-  for (int64_t bytes = 0; bytes < 96 << 20; bytes += N * K * (type == lk::kF32 ? 4 : 2)) weights.push_back(matrix(type, N * K, rng));
+  std::vector<Matrix> weights;
+  const int64_t turn_bytes = (argc > 8 ? std::atoll(argv[8]) : 96) << 20;
+  for (int64_t bytes = 0; bytes < turn_bytes || weights.empty(); bytes += N * K * (type == lk::kF32 ? 4 : 2)) weights.push_back(matrix(type, N * K, rng));
   auto x = matrix(type, M * K, rng), dy = matrix(type, M * N, rng), a = matrix(type, R * K, rng), b = matrix(type, N * R, rng);
-  auto h = matrix(type, M * R, rng), y = dy, dx = x, d_a = a, d_b = b;
-  const lk::Problem p{M, N, K, type, {{a.data(), K}, {b.data(), R}, type, type, R}, 2.f, 0, 1, form};
+  auto h = matrix(type, M * R, rng), y = matrix(type, M * N, rng), dx = matrix(type, M * K, rng), d_a = matrix(type, R * K, rng), d_b = matrix(type, N * R, rng);
+  const lk::Problem p{M, N, K, type, {{a.get(), K}, {b.get(), R}, type, type, R}, 2.f, 0, 1, form};
   size_t turn = 0;
   const auto run = [&] {
-    const lk::In w = {weights[turn++ % weights.size()].data(), K};
-    if (mode == "fwd") return lk::lora_linear_fwd(p, {{x.data(), K}, w, nullptr, &seed, {y.data(), N}, {h.data(), R}, nullptr});
+    const lk::In w = {weights[turn++ % weights.size()].get(), K};
+    if (mode == "fwd") return lk::lora_linear_fwd(p, {{x.get(), K}, w, nullptr, &seed, {y.get(), N}, {h.get(), R}, nullptr});
     const lk::Out none = {nullptr, 0};
-    lk::lora_linear_bwd(p, {{dy.data(), N},
-                            {x.data(), K},
+    lk::lora_linear_bwd(p, {{dy.get(), N},
+                            {x.get(), K},
                             w,
-                            {h.data(), R},
+                            {h.get(), R},
                             nullptr,
                             none,
-                            mode == "dab" ? none : lk::Out{dx.data(), K},
-                            mode == "dx" ? none : lk::Out{d_a.data(), K},
-                            mode == "dx" ? none : lk::Out{d_b.data(), R}});
+                            mode == "dab" ? none : lk::Out{dx.get(), K},
+                            mode == "dx" ? none : lk::Out{d_a.get(), K},
+                            mode == "dx" ? none : lk::Out{d_b.get(), R}});
   };
   for (int i = 0; i < 3; i++) run();
   double start = seconds();

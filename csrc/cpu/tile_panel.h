@@ -2,8 +2,8 @@
 //
 //   out[m, n] = alpha * (sum_k x[m, k] W(k, n) + keep_scale * keep(m, n) * sum_r h[m, r] B(r, n)) + bias[n]
 //
-// Either way an output is the same sum: its rank term, then k in ascending steps of STEP_K. Nothing is prefetched: asking for the next rows of W line
-// by line, as panel.h does, took 23 us where the hardware alone takes 12 (M 8, 576 x 576).
+// Either way an output is the same sum: its rank term, then k in ascending steps of STEP_K. Nothing is prefetched where W's
+// rows are tiles in place: the hardware does better alone.
 #pragma once
 #include "panel.h"
 #include "tiles.h"
@@ -15,8 +15,8 @@ constexpr int64_t TILE_PANELS = 4;       // panels packed together: 1.25 MiB of 
 constexpr int64_t FEW = 64, MORE = 256;  // most rows for which x is packed instead of W
 constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W
 constexpr int64_t FEW_OF_ONE = 4;        // rows of one adapter that take its B in place
-// Up to so many rows packing W is a matter of fetching it: longer pieces of its rows, in shallower blocks. dx of M 8, 2048 x 2048 takes 1127 us
-// instead of 1414.
+// Up to so many rows packing W is a matter of fetching it: longer pieces of its rows, in shallower blocks. dx of M 8, 2048 x 2048 takes 1537 us
+// instead of 1592 (benchmarks/cpu_kernels.cpp).
 constexpr int64_t STREAM_ROWS = 128, STREAM_KC = 128, STREAM_PANELS = 8;
 constexpr int64_t TILE_ROWS = 2016;     // rows of one call
 constexpr int64_t TILE_SUM_ROWS = 768;  // the same where the sums of all rows wait for the next block of k

@@ -64,7 +64,7 @@ LK_INLINE void pack_few(const bf16* x, int64_t ld, int64_t rows, int64_t k0, int
 }
 
 // The same from w[k, n] along its rows, tile by tile: lane by lane every column's tiles, multiples of 4 KiB apart, would share a few lines of the L1.
-// Rows that come from memory are asked for in time: dx of M 64, 576 x 576 takes 99 us instead of 126.
+// Rows that come from memory are asked for in time: dx of M 64, 576 x 576 takes 108 us instead of 131 (benchmarks/cpu_kernels.cpp).
 LK_INLINE void pack_tile_rows(const bf16* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth,
                               lk::Mask keep = {}, int64_t n = 0) {
   for (int64_t t = k0; t < k1; t += TILE)
@@ -86,7 +86,8 @@ struct TileStrip {
   int64_t depth, steps;  // lanes of the packed columns; tiles of this strip
 };
 
-// The packed columns go past the L1, where the rows stay for the columns to come: 576 x 576, M 1024 takes 547 us instead of 710.
+// The packed columns go past the L1, where the rows stay for the columns to come: 576 x 576, M 1024 takes 572 us instead of 746
+// (benchmarks/cpu_kernels.cpp, warm).
 template <int MT, int NT>
 LK_INLINE void multiply(const TileStrip& s) {
   const int64_t ld = s.rows.ld * 2, step = s.rows.step * 2, below = TILE * ld;

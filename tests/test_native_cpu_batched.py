@@ -80,6 +80,14 @@ def test_matches_float64(isa, form, dtypes):
             check(problem(M, dtype=dtypes[0], pool_dtype=dtypes[1], dropout=dropout, packed=packed, seed=M))
 
 
+def test_some_rows_of_an_adapter_among_many(isa):
+    """One workspace serves the products of every adapter: those of fewer rows must not want more of it."""
+    args = problem(160, Ns=(64,), K=33, L=1, dtype=bf16)
+    args[5] = torch.where(torch.arange(160) < 127, 0, -1).int()
+    with plan.forced("panels"):
+        check(args)
+
+
 def test_large_ranks(isa):
     for form in ("in_place", "panels"):
         with plan.forced(form):

@@ -238,8 +238,11 @@ void tile_panel(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int6
 // The engine's entries: bf16 by tiles, the other types as everywhere.
 int64_t panel_floats_tiles(lk::Dtype t, const lk::PanelArgs& a, int64_t rows) {
   if (t != lk::kBF16) return panel_floats(t, a, rows);
+  const auto most = [](int64_t p, int64_t q) { return p > q ? p : q; };
+  lk::PanelArgs streamed = a;  // a product of fewer rows takes more panels at once
+  streamed.M = min(a.M, STREAM_ROWS);
   const int64_t few = TileSpace(a, true, rows, nullptr).floats, many = TileSpace(a, false, rows, nullptr).floats;
-  return few > many ? few : many;
+  return most(most(few, many), TileSpace(streamed, false, min(rows, STREAM_ROWS), nullptr).floats);
 }
 int64_t shrink_rows_tiles(lk::Dtype t, bool masked) { return t == lk::kBF16 ? lk::kAnyRows : shrink_rows(t, masked); }
 lk::PanelBlock panel_block_tiles(lk::Dtype t, const lk::PanelArgs& a) { return t == lk::kBF16 ? tile_panel_block(a) : panel_block(t, a); }

@@ -63,10 +63,10 @@ void run_panel(Shape s, lk::Dtype type, Options o, bool out_f32, int64_t pad, in
   if (o.segments && !segments.empty()) a.segments = segments.data(), a.segment_count = static_cast<int64_t>(segments.size()), a.segment_R = s.R;
 
   lk::PanelArgs widest = a;
-  widest.M += room, widest.K += room, widest.R += room;
+  widest.M += room, widest.K += room / 8, widest.R += room / 8;
   const lk::PanelBlock block = k.panel_block(type, a);
   const int64_t most_rows = std::min(block.rows, s.M), panels = (s.N + lk::kPanel - 1) / lk::kPanel;
-  const size_t floats = static_cast<size_t>(k.panel_floats(type, widest, most_rows));
+  const size_t floats = static_cast<size_t>(k.panel_floats(type, widest, most_rows + room));
   const std::unique_ptr<float[]> ws(new float[floats]);
   for (int64_t p = 0; p < panels; p += block.panels)
     for (int64_t m = 0; m < s.M; m += most_rows) {
@@ -96,7 +96,7 @@ void run_panel(Shape s, lk::Dtype type, Options o, bool out_f32, int64_t pad, in
 int run_panels() {
   constexpr Shape shapes[] = {{1, 1, 1, 1},     {1, 64, 0, 3},   {7, 33, 2, 1},   {15, 48, 65, 5}, {16, 130, 32, 32},
                               {17, 17, 31, 16}, {31, 95, 64, 8}, {32, 64, 96, 2}, {33, 65, 33, 9}, {64, 64, 63, 7},
-                              {65, 300, 40, 8}, {48, 70, 7, 33}, {130, 9, 12, 4}, {2, 3, 3, 64}};
+                              {65, 300, 40, 8}, {48, 70, 7, 33}, {120, 9, 5, 3},  {130, 9, 12, 4}, {2, 3, 3, 64}};
   constexpr Shape deep[] = {{3, 70, 2581, 4}, {35, 40, 2562, 3}, {130, 20, 1300, 0}, {20, 330, 1281, 5}, {800, 3, 2600, 2}, {2100, 2, 3, 1}};
   int runs = 0;
   const auto all = [&](Shape s, int64_t room) {

@@ -4,7 +4,8 @@
 //   g++ -std=c++17 -O2 -Icsrc benchmarks/cpu_kernels.cpp build/native-*/{isa*,threads,linear,batched*}.o -ldl -o build/cpu_kernels
 //   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB]
 //
-// Weights turn through 96 MiB, or those asked for, so that they come from memory as in a model. Operands lie at whole lines, as PyTorch's do. Least and median of nine samples of 50 ms.
+// Weights turn through 96 MiB, or those asked for, so that they come from memory as in a model. Operands lie at whole lines, as PyTorch's do. Least
+// and median of nine samples of 50 ms.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -51,9 +52,11 @@ int main(int argc, char** argv) {
   std::mt19937 rng(1);
   std::vector<Matrix> weights;
   const int64_t turn_bytes = (argc > 8 ? std::atoll(argv[8]) : 96) << 20;
-  for (int64_t bytes = 0; bytes < turn_bytes || weights.empty(); bytes += N * K * (type == lk::kF32 ? 4 : 2)) weights.push_back(matrix(type, N * K, rng));
+  for (int64_t bytes = 0; bytes < turn_bytes || weights.empty(); bytes += N * K * (type == lk::kF32 ? 4 : 2))
+    weights.push_back(matrix(type, N * K, rng));
   auto x = matrix(type, M * K, rng), dy = matrix(type, M * N, rng), a = matrix(type, R * K, rng), b = matrix(type, N * R, rng);
-  auto h = matrix(type, M * R, rng), y = matrix(type, M * N, rng), dx = matrix(type, M * K, rng), d_a = matrix(type, R * K, rng), d_b = matrix(type, N * R, rng);
+  auto h = matrix(type, M * R, rng), y = matrix(type, M * N, rng), dx = matrix(type, M * K, rng), d_a = matrix(type, R * K, rng),
+       d_b = matrix(type, N * R, rng);
   const lk::Problem p{M, N, K, type, {{a.get(), K}, {b.get(), R}, type, type, R}, 2.f, 0, 1, form};
   size_t turn = 0;
   const auto run = [&] {

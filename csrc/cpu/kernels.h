@@ -88,7 +88,7 @@ struct PanelBlock {
   int64_t panels;    // most panels, all rows of them
   int64_t row_tile;  // what the rows of a call should be a multiple of
 };
-constexpr int64_t kAnyRows = 4, kNever = int64_t{1} << 62;  // of shrink_rows: few enough not to ask each adapter of a batch; not at all
+constexpr int64_t kAnyRows = 4, kNever = int64_t{1} << 62;  // of shrink_rows: panels for every adapter of a batch; never
 constexpr int64_t kWideRows = 32;                           // most rows of the wide form
 constexpr int64_t kWideBlock = 4096;                        // accumulators of one wide block: 16 KiB
 constexpr int64_t kWideFloats = 2 * kWideBlock;

@@ -18,7 +18,7 @@ struct Tile {  // fp32 sums
 };
 
 // A place along a strip. Three rows of x share a pointer: x86 addresses p, p + ld and p + 2 ld itself, so that no step computes or spills one (4 %
-// on the same Xeon).
+// on a Xeon with AMX).
 template <class T, int MR>
 struct Place {
   static constexpr int GROUPS = (MR + 2) / 3;
@@ -44,7 +44,7 @@ LK_INLINE void strip_step(V (&acc)[MR][W], const Place<T, MR>& at, int64_t ld, i
     for (int v = 0; v < W; v++) acc[i][v] = P::step(acc[i][v], w[v], at.rows[i / 3] + i % 3 * ld + ahead * P::PAIR);
 }
 
-// Steps k0..k1 of a strip, two in each turn of the inner loop: one in each of 16 turns takes 9 % longer on a Xeon with AMX (fp32, M 1024, 576 x 576),
+// Steps k0..k1 of a strip, two in each turn of the inner loop: one in each of 16 turns takes 9 % longer there (fp32, M 1024, 576 x 576),
 // where the end of so long a loop is mispredicted.
 template <class T, int MR, int W>
 LK_INLINE void run_strip(V (&acc)[MR][W], const Strip<T>& s, int64_t k0, int64_t k1, NextBlock& next) {

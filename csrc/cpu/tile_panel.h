@@ -77,11 +77,11 @@ LK_INLINE void add_few(const lk::PanelArgs& a, const lk::Segment& s, int64_t fir
     bf16* to = reinterpret_cast<bf16*>(space.segment) + (i - first) * 2;
     for (int64_t r = 0; r < R; r++) to[r / 2 * 2 * TILE + r % 2] = h[r];
   }
+  const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(TILE), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
   for (int64_t j = 0; j < cols; j += BLOCK) {
     const int64_t width = min(cols - j, BLOCK);
     const TileRows rows = tile_rows(b + j * a.b.ld, a.b.ld, width, R, space.segment_h);
     tile_block_of(width, TILE, {}, {rows, space.segment, depth, depth / TILE}, {}, {space.segment_sums, TILE}, false);
-    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(TILE), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
     for (int64_t i = first; i < last; i++)
       for (int64_t n = 0; n < width; n += L) {
         float* c = C.p + (s.rows[i] - m0) * C.ld + j + n;

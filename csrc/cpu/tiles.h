@@ -2,6 +2,8 @@
 //
 //   c[i][j] [16, 16] += a[i] [16, 32] b[j] [32, 16]      a: rows of 32 bf16; b: 16 lanes of 16 columns, a pair of k in each, as pack.h lays them
 //
+// The unit sums a step's even and its odd products apart, from zero, and adds both to c; denormals are zeros to it, as to vdpbf16ps.
+//
 // One tile lets 2 KiB of operands make 16384 multiply-adds in 16 cycles; two by two are loaded in half the time in which they are multiplied.
 #pragma once
 #include "micro.h"

@@ -1,4 +1,4 @@
-// Element by element: the dropout mask, casts and sums.
+// Element by element: the dropout mask, casts, sums and a transpose.
 #pragma once
 
 namespace {
@@ -75,5 +75,26 @@ void accumulate(lk::Dtype to, const float* from, void* dst, int64_t n) {
     add_to(from, static_cast<f16*>(dst), n);
   else
     add_to(from, static_cast<float*>(dst), n);
+}
+
+// out[r, m] = in[m, r], rows m0 .. m1. One element at a time it was an eighth of dA and dB (Zen 3, M 2048, 576 x 576, R 64: docs/measured.md).
+void transpose_rows(const float* in, int64_t ld, int64_t m0, int64_t m1, int64_t R, float* out, int64_t out_ld) {
+  for (int64_t r = 0; r < R; r += L)
+    for (int64_t m = m0; m < m1; m += L) {
+      V v[L];
+      const float* p = in + m * ld + r;
+      if (m1 - m >= L && R - r >= L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) v[i] = load(p + i * ld);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) v[i] = m + i < m1 ? load(p + i * ld, R - r) : zero();
+      }
+      transpose(v);
+      float* q = out + r * out_ld + m;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++)
+        if (r + i < R) store(q + i * out_ld, v[i], m1 - m);
+    }
 }
 }  // namespace

@@ -105,6 +105,7 @@ struct Kernels {
   void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);
   void (*cast)(Dtype to, const float* from, void* dst, int64_t n);
   void (*add)(Dtype to, const float* from, void* dst, int64_t n);  // dst += from, rounded once
+  void (*transpose)(const float* in, int64_t ld, int64_t m0, int64_t m1, int64_t R, float* out, int64_t out_ld);  // out[r, m] = in[m, r]
 };
 
 extern const Kernels kPortable;

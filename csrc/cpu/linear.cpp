@@ -20,23 +20,21 @@ class Cast {
 };
 
 // [M, R] -> [R, M], so that a reduction over M runs along rows
-template <class T>
-void transpose(const T* p, int64_t ld, int64_t M, int64_t R, T* out, int threads) {
-  constexpr int64_t kBlock = 32;
-  parallel((M + kBlock - 1) / kBlock, threads_for(M * R, threads), [&](int64_t u0, int64_t u1, int) {
-    for (int64_t m = u0 * kBlock; m < std::min(M, u1 * kBlock); m += kBlock)
-      for (int64_t r = 0; r < R; r++)
-        for (int64_t i = m; i < std::min(M, m + kBlock); i++) out[r * M + i] = p[i * ld + r];
-  });
-}
-
 class Transposed {
  public:
-  Transposed(Dtype t, In m, int64_t M, int64_t R, int threads) : copy_(static_cast<size_t>(M * R * size_of(t))), in{copy_.as<char>(), M} {
-    if (t == kF32)
-      transpose(static_cast<const float*>(m.p), m.ld, M, R, copy_.as<float>(), threads);
-    else
-      transpose(static_cast<const uint16_t*>(m.p), m.ld, M, R, copy_.as<uint16_t>(), threads);
+  Transposed(const Kernels& k, Dtype t, In m, int64_t M, int64_t R, int threads)
+      : copy_(static_cast<size_t>(M * R * size_of(t))), in{copy_.as<char>(), M} {
+    constexpr int64_t kBlock = 64;
+    parallel((M + kBlock - 1) / kBlock, threads_for(M * R, threads), [&](int64_t u0, int64_t u1, int) {
+      for (int64_t m0 = u0 * kBlock; m0 < std::min(M, u1 * kBlock); m0 += kBlock) {
+        const int64_t m1 = std::min(M, m0 + kBlock);
+        if (t == kF32)
+          k.transpose(static_cast<const float*>(m.p), m.ld, m0, m1, R, copy_.as<float>(), M);
+        else
+          for (int64_t r = 0; r < R; r++)
+            for (int64_t i = m0; i < m1; i++) copy_.as<uint16_t>()[r * M + i] = static_cast<const uint16_t*>(m.p)[i * m.ld + r];
+      }
+    });
   }
 
  private:
@@ -134,7 +132,7 @@ void lora_linear_bwd(const Problem& p, const Backward& b) {
   if (need_dx) rows_times(k, p, p.form == kInPlace, p.N, p.K, b.dy, b.w, ad.R, g_in, lora_a.in, keep, 1.f, b.dx, products, count);
 
   // dA = g^T drop(x) and dB = dy^T h: the rank is the short side, the long reduction runs over M
-  const Transposed gt(p.type, g_in, b.d_a.p ? p.M : 0, ad.R, p.threads), ht(p.type, b.h, b.d_b.p ? p.M : 0, ad.R, p.threads);
+  const Transposed gt(k, p.type, g_in, b.d_a.p ? p.M : 0, ad.R, p.threads), ht(k, p.type, b.h, b.d_b.p ? p.M : 0, ad.R, p.threads);
   if (b.d_a.p) {
     PanelArgs a{};
     a.M = ad.R, a.N = p.K, a.K = p.M, a.x = gt.in, a.w = b.x, a.w_keep = keep, a.alpha = drop ? keep_scale(p) : 1.f;

@@ -104,7 +104,7 @@ struct Kernels {
   void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);                            // ws: kWideFloats; c0 a multiple of 32
   void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);
   void (*cast)(Dtype to, const float* from, void* dst, int64_t n);
-  void (*add)(Dtype to, const float* from, void* dst, int64_t n);  // dst += from, rounded once
+  void (*add)(Dtype to, const float* from, void* dst, int64_t n);                                                 // dst += from, rounded once
   void (*transpose)(const float* in, int64_t ld, int64_t m0, int64_t m1, int64_t R, float* out, int64_t out_ld);  // out[r, m] = in[m, r]
 };
 

@@ -9,5 +9,5 @@
 
 namespace lk {
 extern const Kernels kAmxBf16 = {"amx_bf16", dot,  panel_floats_tiles, panel_block_tiles, shrink_rows_tiles, panel_tiles, wide,
-                                 mask,       cast, accumulate, transpose_rows};
+                                 mask,       cast, accumulate,         transpose_rows};
 }

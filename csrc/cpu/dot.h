@@ -7,10 +7,14 @@
 #pragma once
 
 namespace {
-constexpr int64_t PREFETCH_AHEAD = 256;  // bytes along a row of W, at its end into the same row of the next tile
-constexpr int64_t SHORT_ROW = 128;       // steps along k of a row that is read from its start to its end before the next
-constexpr int64_t SHORT_X = 12288;       // bytes of x that stay in the L1 meanwhile
-constexpr int64_t CHAIN_DOT = 256;       // terms of one chain of a lane: uncut, K 28672 has 2.8 times eager's error (tests/test_native_cpu.py)
+#ifdef LK_ABREAST
+constexpr int64_t PREFETCH_AHEAD = 1024;  // bytes along a row of W, at its end into the same row of the next tile
+constexpr int64_t SHORT_ROW = 0;          // steps along k of a row that is read from its start to its end before the next
+#else
+constexpr int64_t PREFETCH_AHEAD = 256, SHORT_ROW = 128;
+#endif
+constexpr int64_t SHORT_X = 12288;  // bytes of x that stay in the L1 meanwhile
+constexpr int64_t CHAIN_DOT = 256;  // terms of one chain of a lane: uncut, K 28672 has 2.8 times eager's error (tests/test_native_cpu.py)
 
 // Spreads the loads of the next tile's W rows over the row tiles of this one, so that memory is read while the arithmetic runs.
 struct NextRows {
@@ -25,10 +29,11 @@ struct NextRows {
   }
 };
 
-// How a tile walks its rows of W. Few rows of x are a matter of fetching W. The hardware does that best for a short row read from start to end, if
+// How a tile walks its rows of W. Few rows of x are a matter of fetching W. Zen's hardware does that best for a short row read from start to end, if
 // the next row's first lines are asked for in time; longer ones, each a chain of additions, are read abreast. One row of x, one core of Zen 4, us
 // abreast and by row (benchmarks/cpu_kernels.cpp): bf16 576 x 576 58 and 28, 2048 x 2048 438 and 255, 4096 x 8192 2812 and 3510; fp32 4096 x 4096
-// 2841 and 3451.
+// 2841 and 3451. A Xeon, whose memory is further away, wants them abreast and asked for earlier (LK_ABREAST): bf16 2048 x 2048 532 and 792, fp32
+// 937 and 1325; three rows of x, bf16, 495 and 1126.
 enum Walk { TILES, ABREAST, BY_ROW };
 
 // Elements k..end of rows of K; end is K or a multiple of the step.

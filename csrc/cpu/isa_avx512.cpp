@@ -1,4 +1,5 @@
 // AVX-512 F, BW, VL, DQ (x86-64-v4).
+#define LK_ABREAST
 #include "simd_avx512.h"
 // after the vector type and its steps
 #include "dot.h"

@@ -17,6 +17,8 @@ struct NextBlock {
   }
 };
 
+struct NoBlock {};  // nothing to walk
+
 // dst[sub][k - k0][VECTORS * L] <- w[n, k], lanes k0..k1 of K elements
 template <class T, int VECTORS = NV>
 void pack_nt(const T* w, int64_t ld, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth) {

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import drop_threshold, keep_scale
-from ..tuning.plan import block_rank
+from ..tuning.plan import block_rank, whole_rank
 from ._jit import keep_bits, pack_bits
 from ._launch import Launcher, precision, regular
 
@@ -79,6 +79,8 @@ class Shrink:
             # 32 rows a program give two programs per SM at M = 8192; a larger rank block needs the rows to pay for reading A.
             BR = block_rank(R, 128)
             BM, BK, warps, stages = (32, 128, 4, 5) if BR <= 32 else (64, 64, 8, 3)
+            if BR == 128 and not whole_rank(R):
+                BK = 32  # 64 spill on sm_80
         else:  # an address per element, or fp32 without TF32: registers allow little
             BR = block_rank(R, 32)
             BM, BK, warps, stages = 16, 32, 4, 3

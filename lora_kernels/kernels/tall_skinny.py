@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import keep_scale
-from ..tuning.plan import block_rank
+from ..tuning.plan import block_rank, whole_rank
 from ._jit import load_keep
 from ._launch import Launcher, precision, programs, regular
 
@@ -83,7 +83,8 @@ class TallSkinny:
         if regular(x):
             # BR = 128 with 8 warps, whatever BP: ptxas serialises its wgmma (C7515).
             BR = block_rank(R, 128)
-            BP, BM, warps = (64 if BR > 64 else 128), 64, 4
+            narrow = BR > 64 or (BR == 64 and not whole_rank(R))  # 64 ranks loaded with a mask, beside 128 columns, spill on sm_100
+            BP, BM, warps = (64 if narrow else 128), 64, 4
         else:  # an address per element, or fp32 without TF32: registers allow little
             BR = block_rank(R, 32)
             BP, BM, warps = 64, 16, 4

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import keep_scale
-from ..tuning.plan import Plan, block_rank
+from ..tuning.plan import POINTER_TILE, Plan, block_rank, whole_rank
 from ._jit import load_keep, tile_of
 from ._launch import Launcher, precision, programs
 
@@ -184,6 +184,8 @@ class Update:
         (M, K), N, R = x.shape, w.shape[1], b.shape[0]
         BM, BN, BK = plan.block_m, plan.block_n, plan.block_k
         BR = block_rank(R, 64 if plan.form == "tma" else 32)
+        if R > BR and (not whole_rank(R) or (plan.form == "pointer" and POINTER_TILE[0] > BM)):
+            BR = 16  # in a loop, masked blocks and those of small tiles: 32 ranks spill 16 to 88 bytes by pointers, 64 ranks 2336 by TMA (Triton 3.6)
         self.tma = plan.form != "pointer"
         self.keep_scale = keep_scale(dropout_p)
         tiles = -(-M // BM) * -(-N // BN)

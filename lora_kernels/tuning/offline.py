@@ -187,6 +187,10 @@ def gate(arch: int) -> list[Layer]:
     return common + [
         Layer(arch, 8, 0.05),  # ranks that a rank block covers with a mask
         Layer(arch, 24, 0.0),
+        Layer(arch, 40, 0.05),
+        Layer(arch, 40, 0.05, **_ODD, dtype=torch.float32),
+        Layer(arch, 100, 0.0),
+        Layer(arch, 100, 0.05),
         Layer(arch, 64, 0.0, dtype=torch.float16, adapters=torch.float32),
         Layer(arch, 256, 0.05, dtype=torch.float16, adapters=torch.float32),
         Layer(arch, 20, 0.0, M=48, N=96),  # little M, narrow N: the small TMA tile

@@ -15,10 +15,11 @@ FLOPS = 790e12
 BYTES = 4.3e12
 
 
-# BM, BN, BK, warps, stages of the pointer kernel. Both keep to the 99 KB of shared memory of sm_86, sm_89 and sm_120; operands whose rows
-# cannot be read 16 bytes at a time (and fp32) need an address per element, and spill with the larger one.
+# BM, BN, BK, warps, stages of the pointer kernel. All keep to the 99 KB of shared memory of sm_86, sm_89 and sm_120; operands whose rows
+# cannot be read 16 bytes at a time (and fp32) need an address per element, and spill with a larger one.
 POINTER_TILE = (128, 128, 32, 8, 4)
 ODD_TILE = (64, 64, 32, 4, 2)
+ODD_TILE_F32 = (32, 64, 32, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def block_rank(R: int, most: int) -> int:
 
 
 def whole_rank(R: int) -> bool:
-    """Whether a rank block is loaded without a mask, or is small: masked ones of 24 ranks spill in the column-0 form
-    (sm_100), of 100 in the TMA form (sm_90).
+    """Whether a rank block is loaded without a mask, or is small: larger masked ones take registers, so that the kernels have smaller blocks
+    for them, and the column-0 form, where 24 ranks spill on sm_100, none.
     """
     return R % 16 == 0 or R <= 16
 
@@ -98,7 +99,7 @@ def _implementation(problem: Problem) -> str:
     if problem.dtype == torch.float32:
         return "torch"  # without TF32, tl.dot is plain FMA
     if problem.M < 1024 or problem.K < 2048 or problem.N < 1024 or (problem.R > 64 and not whole_rank(problem.R)):
-        return "torch"
+        return "torch"  # such ranks take a loop of many short products
     return "triton"  # "cuda" (sm_90) only where a measured table names it: docs/measured.md says what those kernels have shown so far
 
 
@@ -111,7 +112,7 @@ def fit(plan: Plan, problem: Problem, regular: bool, rank_regular: bool) -> Plan
     if plan.implementation == "cuda":  # the call came down from the CUDA kernels, whose tiles are their own
         plan = heuristic(problem, 90)
     if not regular:
-        BM, BN, BK, warps, stages = ODD_TILE
+        BM, BN, BK, warps, stages = ODD_TILE_F32 if problem.dtype == torch.float32 else ODD_TILE
         return replace(plan, form="pointer", block_m=BM, block_n=BN, block_k=BK, warps=warps, stages=stages)
     if plan.form == "column0" and (problem.R > 64 or problem.dropout or not rank_regular):
         return replace(plan, form="tma")

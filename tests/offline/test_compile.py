@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 from triton import knobs
 
 from lora_kernels.tuning import offline
@@ -26,6 +27,22 @@ def test_compiles_within_the_chip(layer: offline.Layer) -> None:
             product = "HGMMA" if report.arch == 90 else "UTCHMMA"
             missing = [name for name in (product, "UTMALDG", "UTMASTG") if not report.opcodes.get(name)]
             assert not missing, f"{what}: no {missing}"
+
+
+SIZES = [{}, {"N": 4097}, {"K": 4095}, {"N": 4097, "K": 4095}, {"strided": True}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("R", [1, 9, 16, 24, 32, 33, 40, 64, 100, 128, 200, 256])
+@pytest.mark.parametrize("arch", offline.ARCHS)
+def test_no_rank_spills(arch: int, R: int) -> None:
+    """At every alignment; without dropout fp32 and few rows are cuBLAS's."""
+    layers = [offline.Layer(arch, R, p, dtype=dtype, **sizes) for dtype in (torch.bfloat16, torch.float16) for p in (0.0, 0.05) for sizes in SIZES]
+    layers += [offline.Layer(arch, R, 0.05, dtype=torch.float32, **sizes) for sizes in SIZES]
+    layers += [offline.Layer(arch, R, 0.05, M=48, N=96, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    for layer in layers:
+        for report in offline.reports(layer):
+            assert report.spills <= offline.SPILL_LIMIT, f"{layer} {report.kernel} {report.config}: {report.spills} bytes spilled"
 
 
 def test_reports_do_not_depend_on_tritons_cache(tmp_path) -> None:

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "bindings_tensor.h"
 #include "cpu/scratch.h"
@@ -148,6 +149,13 @@ std::pair<int32_t, int32_t> cpu_int_range(Tensor t_) {
   return {*low, *high};
 }
 
+// Whether contiguous fp32 are all finite.
+bool cpu_all_finite(Tensor t_) {
+  const Operand t(t_);
+  const auto* p = t.p<const float>();
+  return std::all_of(p, p + t.rows() * t.cols(), [](float v) { return std::isfinite(v); });
+}
+
 }  // namespace
 
 #ifdef LORA_KERNELS_CUDA
@@ -165,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_expand", &cpu_expand);
   m.def("cpu_batched_mask", &cpu_batched_mask);
   m.def("cpu_int_range", &cpu_int_range);
+  m.def("cpu_all_finite", &cpu_all_finite);
   m.def("cpu_isas", &lk::isas);
   m.def("cpu_isa", [] { return std::string(lk::kernels().name); });
   m.def("cpu_use_isa", &lk::use_isa);

@@ -1,6 +1,7 @@
 """Signatures of calls and the lean paths that trust them: equal where nothing differs that matters, never where something does."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -72,6 +73,16 @@ def test_value_range(values, dtype) -> None:
     t = torch.tensor(values, dtype=dtype)
     assert native.value_range(t) == (min(values), max(values))
     assert native.value_range(torch.stack([t, t + 1], 1)[:, 1]) == (min(values) + 1, max(values) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last, finite", [(-0.0, True), (3e38, True), (math.inf, False), (-math.inf, False), (math.nan, False)], ids=str)
+def test_all_finite(last, finite, dtype) -> None:
+    t = torch.tensor([1.0, -2.0, last], dtype=dtype)
+    assert native.all_finite(t) == finite
+    assert native.all_finite(torch.stack([t, torch.full_like(t, math.nan)], 1)[:, 0]) == finite
+    assert native.all_finite(t[:2])
+    assert native.all_finite(t[:0])
 
 
 def operands(M=6, K=16, N=12, R=4):

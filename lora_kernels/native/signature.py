@@ -83,3 +83,10 @@ def value_range(t: Tensor) -> tuple[int, int]:
         return _C.cpu_int_range(t)
     low, high = t.aminmax()
     return int(low), int(high)
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether numbers on a CPU are all finite in float32, in one call where PyTorch takes four."""
+    if t.dtype == torch.float32 and type(t) in _PLAIN and t.is_contiguous() and tensors_shown():
+        return _C.cpu_all_finite(t)
+    return bool(t.float().isfinite().all())

@@ -8,7 +8,6 @@ with the leading dimensions `lead`; one of shrink or expand that is marked `take
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,33 +66,14 @@ def _unlikely(mapping, first: Tensor) -> bool:
     return first.shape[0] == 0 or (plain and (first.device.type != "cpu" or not _vector(mapping, torch.int32)))
 
 
-def _checked(op: str, mapping, L: int, ranks: Tensor | None, R: int) -> tuple[Tensor, Tensor | None]:
+def _checked(op: str, mapping, L: int, ranks: Tensor | None, R: int, scalings: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """ids and table of the mapping, after the checks that depend on values."""
     check_ranks(op, ranks, R)
+    check_scalings(op, scalings)
     if isinstance(mapping, BatchMeta):
         return mapping.ids, mapping.table
     check_ids(op, mapping, L)
     return mapping, None
-
-
-class _Scalings:
-    """`check_scalings`, once for a tensor that stays what it is: looking calls PyTorch three times, which the lean path is there to avoid."""
-
-    __slots__ = ("seen", "version")
-
-    def __init__(self) -> None:
-        self.seen, self.version = _no_tensor, -1
-
-    def check(self, op: str, scalings: Tensor | None) -> None:
-        if scalings is None or (self.seen() is scalings and self.version == scalings._version):
-            return
-        check_scalings(op, scalings)
-        if not scalings.is_inference():  # those have no version
-            self.seen, self.version = weakref.ref(scalings), scalings._version
-
-
-def _no_tensor() -> None:
-    return None
 
 
 def remember(key: tuple, x, weight, mapping, ranks, scalings, args: tuple, backend: str, strict: bool) -> None:
@@ -112,11 +92,8 @@ def remember(key: tuple, x, weight, mapping, ranks, scalings, args: tuple, backe
     else:
         call = _through(run, len(pools_a), isinstance(weight, Tensor), *more)
 
-    known = _Scalings()
-
     def checked(x, weight, bias, pools_a, pools_b, mapping, ranks, scalings):
-        known.check("lora_batched_linear", scalings)
-        ids, table = _checked("lora_batched_linear", mapping, L, ranks, R)
+        ids, table = _checked("lora_batched_linear", mapping, L, ranks, R, scalings)
         return call(x, weight, bias, pools_a, pools_b, ids, ranks, scalings, table)
 
     _keep(key, flat.device.type, checked, quiet)
@@ -132,11 +109,8 @@ def remember_shrink(key: tuple, mapping, ranks, scalings, args: tuple, backend: 
     R = R // S if more[1] else R
     direct = hasattr(run, "takes_vectors") and _vector(ranks, torch.int32) and _vector(scalings, torch.float32)
 
-    known = _Scalings()
-
     def checked(x, pools_a, mapping, ranks, scalings):
-        known.check("lora_shrink", scalings)
-        ids, table = _checked("lora_shrink", mapping, L, ranks, R)
+        ids, table = _checked("lora_shrink", mapping, L, ranks, R, scalings)
         if not direct:
             ranks, scalings = _rows_of(ranks, torch.int32, S), _rows_of(scalings, torch.float32, S)
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

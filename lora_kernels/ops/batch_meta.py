@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _batch_table, _checks, _checks_batched, _device
 from .._errors import LoraTypeError, LoraValueError, message
-from ..native.signature import has_values, value_range
+from ..native.signature import all_finite, has_values, value_range
 
 
 def check_ids(op: str, ids: Tensor, L: int) -> None:
@@ -38,7 +38,7 @@ def check_scalings(op: str, scalings: Tensor | None) -> None:
     """Raise when a scaling is not finite in float32; read on a CPU only, where that costs no wait."""
     if scalings is None or scalings.device.type != "cpu" or torch.compiler.is_compiling() or not has_values(scalings):
         return
-    if not (scalings.abs() <= _checks.LARGEST).all():
+    if not all_finite(scalings):
         raise LoraValueError(message(f"{op}: scalings are not finite", scalings.flatten().tolist()[:5], "finite numbers"))
 
 

@@ -7,7 +7,7 @@
 #pragma once
 
 namespace {
-#ifdef LK_ABREAST
+#ifdef LK_INTEL
 constexpr int64_t PREFETCH_AHEAD = 1024;  // bytes along a row of W, at its end into the same row of the next tile
 constexpr int64_t SHORT_ROW = 0;          // steps along k of a row that is read from its start to its end before the next
 #else
@@ -32,7 +32,7 @@ struct NextRows {
 // How a tile walks its rows of W. Few rows of x are a matter of fetching W. Zen's hardware does that best for a short row read from start to end, if
 // the next row's first lines are asked for in time; longer ones, each a chain of additions, are read abreast. One row of x, one core of Zen 4, us
 // abreast and by row (benchmarks/cpu_kernels.cpp): bf16 576 x 576 58 and 28, 2048 x 2048 438 and 255, 4096 x 8192 2812 and 3510; fp32 4096 x 4096
-// 2841 and 3451. A Xeon, whose memory is further away, wants them abreast and asked for earlier (LK_ABREAST): bf16 2048 x 2048 532 and 792, fp32
+// 2841 and 3451. A Xeon, whose memory is further away, wants them abreast and asked for earlier (LK_INTEL): bf16 2048 x 2048 532 and 792, fp32
 // 937 and 1325; three rows of x, bf16, 495 and 1126.
 enum Walk { TILES, ABREAST, BY_ROW };
 

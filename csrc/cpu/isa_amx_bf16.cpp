@@ -1,6 +1,6 @@
 // AVX-512 with vdpbf16ps and AMX's bf16 tiles (Sapphire Rapids and later).
 #define LK_BF16_PAIRS
-#define LK_ABREAST
+#define LK_INTEL  // how W is fetched
 #include "simd_avx512.h"
 // after the vector type and its steps
 #include "dot.h"

@@ -53,9 +53,18 @@ struct Rows {  // the row tile's operand as the micro kernel wants it: in place,
 };
 constexpr int MAX_ROWS = MICRO_ROWS[1] > MICRO_ROWS[NV] ? MICRO_ROWS[1] : MICRO_ROWS[NV];
 constexpr int64_t MOST_ROWS = 2040;
-// Rows of x up to which the next block of W is fetched. With more, packing it is a small share, and the fetches take more than they give: on a Xeon
-// with AMX, one core, fp32 2048 x 2048, M 1024, dx took 53.3 ms with and 48.6 without (benchmarks/cpu_kernels.cpp).
-constexpr int64_t FETCH_ROWS = 512;
+
+// The next block of W is fetched while this one is worked on, for x of so many rows and rows of W of up to so many bytes. A Xeon with AMX, one core,
+// fp32, R 16, us with and without (benchmarks/cpu_kernels.cpp): forward 576 x 576 M 256 1044 and 1136, 2048 x 2048 M 1024 50621 and 48542; dx,
+// whose blocks have four lines of each page, 2048 x 2048 M 256 17393 and 15006; dA and dB, with R rows, 2048 x 2048 M 1024 3397 and 2824.
+#ifdef LK_INTEL
+constexpr int64_t FETCH_FROM = 17, FETCH_TO = 512, FETCH_PITCH = 4095;
+#else
+constexpr int64_t FETCH_FROM = 1, FETCH_TO = INT64_MAX, FETCH_PITCH = INT64_MAX;
+#endif
+LK_INLINE bool fetches(const lk::PanelArgs& a, int64_t rows, int64_t row_bytes) {
+  return rows >= FETCH_FROM && rows <= FETCH_TO && (a.nt || a.broad || row_bytes <= FETCH_PITCH);
+}
 LK_INLINE int64_t even_up(int64_t a) { return (a + 1) / 2 * 2; }
 
 // Rows of an adapter that are worked on together: as many as the registers have sums of a whole panel for.
@@ -187,7 +196,7 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
     NextBlock next;
     const int64_t after = last ? 0 : k1, after_end = last ? min(deepest, KD) : min(k1 + deepest, KD),
                   after_cols = last ? min(a.N - n - cols, ldc) : cols;
-    if (after_cols > 0 && m1 - m0 <= FETCH_ROWS) {
+    if (after_cols > 0 && fetches(a, m1 - m0, a.w.ld * static_cast<int64_t>(sizeof(T)))) {
       const T* q = last ? w + (a.nt ? ldc * a.w.ld : ldc) : w;
       next.ld = a.w.ld * static_cast<int64_t>(sizeof(T));
       next.p = reinterpret_cast<const char*>(q + (a.nt ? after * P::PAIR : after * P::PAIR * a.w.ld));

@@ -2,10 +2,10 @@
 //
 //   LORA_KERNELS_CUDA=0 python csrc/native_build.py
 //   g++ -std=c++17 -O2 -Icsrc benchmarks/cpu_kernels.cpp build/native-*/{isa*,threads,linear,batched*}.o -ldl -o build/cpu_kernels
-//   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB]
+//   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB [MiB of the rest]]
 //
-// Weights turn through 96 MiB, or those asked for, so that they come from memory as in a model. Operands lie at whole lines, as PyTorch's do. Least
-// and median of nine samples of 50 ms.
+// Weights turn through 96 MiB, or those asked for, so that they come from memory as in a model. Inputs and results are the same in every call, unless
+// they shall turn too. Operands lie at whole lines, as PyTorch's do. Least and median of nine samples of 50 ms.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -44,7 +44,7 @@ Matrix matrix(lk::Dtype type, int64_t n, std::mt19937& rng) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 8) return std::fprintf(stderr, "usage: %s fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB]\n", argv[0]), 2;
+  if (argc < 8) return std::fprintf(stderr, "usage: %s fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB [MiB]]\n", argv[0]), 2;
   const std::string mode = argv[1], type_name = argv[6];
   const int64_t M = std::atoll(argv[2]), N = std::atoll(argv[3]), K = std::atoll(argv[4]), R = std::atoll(argv[5]), seed = 1;
   const lk::Dtype type = type_name == "f32" ? lk::kF32 : type_name == "bf16" ? lk::kBF16 : lk::kF16;
@@ -54,22 +54,29 @@ int main(int argc, char** argv) {
   const int64_t turn_bytes = (argc > 8 ? std::atoll(argv[8]) : 96) << 20;
   for (int64_t bytes = 0; bytes < turn_bytes || weights.empty(); bytes += N * K * (type == lk::kF32 ? 4 : 2))
     weights.push_back(matrix(type, N * K, rng));
-  auto x = matrix(type, M * K, rng), dy = matrix(type, M * N, rng), a = matrix(type, R * K, rng), b = matrix(type, N * R, rng);
-  auto h = matrix(type, M * R, rng), y = matrix(type, M * N, rng), dx = matrix(type, M * K, rng), d_a = matrix(type, R * K, rng),
+  auto a = matrix(type, R * K, rng), b = matrix(type, N * R, rng), h = matrix(type, M * R, rng), d_a = matrix(type, R * K, rng),
        d_b = matrix(type, N * R, rng);
+  struct Rows {
+    Matrix x, dy, y, dx;
+  };
+  std::vector<Rows> rows;
+  const int64_t rows_bytes = (argc > 9 ? std::atoll(argv[9]) : 0) << 20;
+  for (int64_t bytes = 0; bytes < rows_bytes || rows.empty(); bytes += 2 * M * (N + K) * (type == lk::kF32 ? 4 : 2))
+    rows.push_back({matrix(type, M * K, rng), matrix(type, M * N, rng), matrix(type, M * N, rng), matrix(type, M * K, rng)});
   const lk::Problem p{M, N, K, type, {{a.get(), K}, {b.get(), R}, type, type, R}, 2.f, 0, 1, form};
   size_t turn = 0;
   const auto run = [&] {
+    const Rows& at = rows[turn % rows.size()];
     const lk::In w = {weights[turn++ % weights.size()].get(), K};
-    if (mode == "fwd") return lk::lora_linear_fwd(p, {{x.get(), K}, w, nullptr, &seed, {y.get(), N}, {h.get(), R}, nullptr});
+    if (mode == "fwd") return lk::lora_linear_fwd(p, {{at.x.get(), K}, w, nullptr, &seed, {at.y.get(), N}, {h.get(), R}, nullptr});
     const lk::Out none = {nullptr, 0};
-    lk::lora_linear_bwd(p, {{dy.get(), N},
-                            {x.get(), K},
+    lk::lora_linear_bwd(p, {{at.dy.get(), N},
+                            {at.x.get(), K},
                             w,
                             {h.get(), R},
                             nullptr,
                             none,
-                            mode == "dab" ? none : lk::Out{dx.get(), K},
+                            mode == "dab" ? none : lk::Out{at.dx.get(), K},
                             mode == "dx" ? none : lk::Out{d_a.get(), K},
                             mode == "dx" ? none : lk::Out{d_b.get(), R}});
   };

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import Case, assert_close
+from place import hardware
 
 import lora_kernels as lk
 from lora_kernels.kernels import _launch
@@ -46,11 +47,11 @@ def leaves(c: Case) -> list[torch.Tensor]:
     return [t.detach().clone().requires_grad_() for t in (c.x, c.lora_a, c.lora_b)]
 
 
-def check_compiled(c: Case, backend: str, **compiler) -> None:
+def check_compiled(c: Case, kernels: str, **compiler) -> None:
     """Forward and backward of a compiled layer, several steps with other inputs each: eager's bits, and right ones."""
     torch._dynamo.reset()
     layer = torch.compile(
-        lambda x, a, b, seed: lk.lora_linear(x, c.weight, c.bias, a, b, c.scaling, c.dropout_p, seed=seed, backend=backend, strict=True),
+        lambda x, a, b, seed: lk.lora_linear(x, c.weight, c.bias, a, b, c.scaling, c.dropout_p, seed=seed, backend=kernels, strict=True),
         fullgraph=True,
         **compiler,
     )
@@ -64,7 +65,7 @@ def check_compiled(c: Case, backend: str, **compiler) -> None:
         got = [t.detach().clone() for t in (y, *torch.autograd.grad(y, (x, a, b), c.dy))]
         now = c._replace(x=c.x * (turn + 1), seed=c.seed + turn)
         assert_close(dict(zip(("y", "dx", "da", "db"), got, strict=True)), now)
-        assert all(torch.equal(g, e) for g, e in zip(got, step(c, backend, x, a, b, seed), strict=True))
+        assert all(torch.equal(g, e) for g, e in zip(got, step(c, kernels, x, a, b, seed), strict=True))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["plain", "dropout"])
@@ -72,6 +73,7 @@ def test_compiled_on_a_cpu(dropout_p) -> None:
     check_compiled(Case.random(24, 40, 56, 8, torch.float32, dropout_p=dropout_p), "reference", backend="aot_eager")
 
 
+@hardware
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["column0", "dropout"])
 def test_compiled_with_reduced_overhead(backend, dropout_p) -> None:
@@ -93,6 +95,7 @@ def captured(c: Case, backend: str):
     return graph, (x, a, b), results
 
 
+@hardware
 @pytest.mark.gpu
 def test_flags_that_grow_between_capture_and_replay(backend) -> None:
     """A larger eager call replaces the stream's flags; a graph captured before must not use them, nor what took their place in memory."""
@@ -114,6 +117,7 @@ def test_flags_that_grow_between_capture_and_replay(backend) -> None:
     assert all(bool((t == 7).all()) for t in junk)
 
 
+@hardware
 @pytest.mark.gpu
 def test_two_graphs_on_two_streams_beside_eager_calls(backend) -> None:
     """Forward and backward three times at once, each with flags of its own."""

@@ -1,5 +1,5 @@
 // AVX-512 F, BW, VL, DQ (x86-64-v4).
-#define LK_INTEL  // the only ones without bf16 pairs: how W is fetched
+#define LK_INTEL  // how W is fetched; AMD has bf16 pairs wherever it has AVX-512
 #include "simd_avx512.h"
 // after the vector type and its steps
 #include "dot.h"

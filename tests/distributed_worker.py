@@ -1,6 +1,6 @@
 """What two gloo ranks check; `test_distributed.py` starts them and reads one JSON line from rank 0.
 
-Run as: python distributed_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE
+Run as: python distributed_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE [all | inductor]
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ def gap(got: torch.Tensor, expected: torch.Tensor) -> float:
     return (got - expected).abs().max().item()
 
 
-def fsdp(units: str) -> dict:
-    """Loss and gradients of a patched model under FSDP2, as distances from the unsharded, unpatched model; and who ran the layers."""
+def fsdp(units: str, backend: str = "aot_eager") -> dict:
+    """Loss and gradients of a patched model under FSDP2, as distances from the unsharded, unpatched model; and who ran the layers.
+
+    `backend` compiles "compiled decoder layers".
+    """
     plain, model = adapted("llama", False, lora_bias=True), adapted("llama", False, lora_bias=True)
     expected = loss(plain, "llama")
     expected.backward()
@@ -43,7 +46,7 @@ def fsdp(units: str) -> dict:
     lk.patch(model)
     if units == "compiled decoder layers":
         for layer in model.base_model.model.model.layers:
-            layer.compile(backend="aot_eager", fullgraph=True)
+            layer.compile(backend=backend, fullgraph=True)
     if units == "adapters":
         for layer in (m for m in model.modules() if isinstance(m, Linear)):
             fully_shard(layer.lora_A["default"]), fully_shard(layer.lora_B["default"])
@@ -110,9 +113,7 @@ def drawn_seed(column: bool, rank: int) -> float:
     return gap(layer(distribute_tensor(x, mesh, [WHOLE])).full_tensor(), expected)
 
 
-def main(rank: int, world_size: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+def everything(rank: int, world_size: int) -> dict:
     found = {f"fsdp {units}": fsdp(units) for units in ("decoder layers", "LoRA layers", "adapters", "compiled decoder layers")}
     register_sharding_rules()
     register_sharding_rules()
@@ -124,6 +125,13 @@ def main(rank: int, world_size: int, rendezvous: str) -> None:
         gaps = [None] * world_size
         dist.all_gather_object(gaps, drawn_seed(column, rank))
         found[f"drawn seed column={column}"] = max(gaps)
+    return found
+
+
+def main(rank: int, world_size: int, rendezvous: str, wanted: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    found = everything(rank, world_size) if wanted == "all" else fsdp("compiled decoder layers", wanted)
     if rank == 0:
         print(json.dumps(found))
     dist.barrier()
@@ -131,4 +139,4 @@ def main(rank: int, world_size: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else "all")

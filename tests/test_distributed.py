@@ -13,11 +13,9 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    rendezvous = tmp_path_factory.mktemp("ranks") / "rendezvous"
+def two_ranks(folder: Path, wanted: str) -> dict:
     start = lambda rank: subprocess.Popen(
-        [sys.executable, WORKER, str(rank), "2", rendezvous], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, WORKER, str(rank), "2", folder / "rendezvous", wanted], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     ranks = [start(0), start(1)]
     try:
@@ -27,6 +25,11 @@ def found(tmp_path_factory) -> dict:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][1] + outputs[1][1]
     return json.loads(outputs[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    return two_ranks(tmp_path_factory.mktemp("ranks"), "all")
 
 
 @pytest.mark.parametrize("units, fused", [("decoder layers", True), ("LoRA layers", True), ("adapters", False)])
@@ -40,6 +43,13 @@ def test_fsdp2_trains_as_one_process(found, units, fused):
 
 def test_fsdp2_of_compiled_decoder_layers_trains_as_one_process(found):
     result = found["fsdp compiled decoder layers"]
+    assert result["same_names"]
+    assert result["gap"] < TOLERANCE
+
+
+@pytest.mark.slow
+def test_fsdp2_of_decoder_layers_compiled_by_inductor(tmp_path):
+    result = two_ranks(tmp_path, "inductor")
     assert result["same_names"]
     assert result["gap"] < TOLERANCE
 

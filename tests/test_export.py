@@ -36,6 +36,18 @@ def test_exported_program_keeps_the_op_and_the_numbers(kind, strict):
             torch.testing.assert_close(p.module()(x), model(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_exported_program_compiled_ahead_of_time(kind, tmp_path):
+    """AOTInductor: the package calls the op, so it is loaded where lora_kernels is imported."""
+    make, _, shapes = MODELS[kind]
+    model, x = make(), torch.randn(9, 12)
+    with torch.no_grad():
+        program = export(model, (torch.randn(4, 12),), dynamic_shapes=shapes({0: Dim("rows")}))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))
+
+
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 def test_many_adapters_are_exported_for_serving_alone(strict):
     class Layer(torch.nn.Module):

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -64,24 +63,6 @@ def cuda_capability(index: int) -> tuple[int, int]:
 def sm_count(index: int) -> int:
     """Number of streaming multiprocessors of one CUDA device."""
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def kept_zeros(device: torch.device, ints: int) -> torch.Tensor:
-    """Zeroed int32 words that outlive the call.
-
-    Made by a thread of its own: the warm-up of torch.compile's CUDA graphs sends all allocations of the current thread to a pool, reclaims it
-    afterwards, and raises for what is still held there.
-    """
-    if device.type != "cuda":
-        return torch.zeros(ints, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-
-    def make() -> torch.Tensor:
-        with torch.cuda.stream(stream):
-            return torch.zeros(ints, dtype=torch.int32, device=device)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from lora_kernels import _device, reference
+from lora_kernels._flags import Flags
 from lora_kernels.native import cuda
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -81,9 +82,8 @@ def install(monkeypatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(cuda, "_module", lambda: stand_in)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(_device, "sm_count", lambda *_: 132)
     monkeypatch.setattr(_device, "has_module", lambda name: False)
-    monkeypatch.setattr(cuda, "_sync", {})
+    monkeypatch.setattr(cuda, "flags", Flags())
     return stand_in

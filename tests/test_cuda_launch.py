@@ -117,7 +117,7 @@ def test_an_error_names_the_kernel_and_drops_the_flags(module, monkeypatch):
         lk.BackendError, match=r"CUDA kernel failed; got linear<bf16> M=16 N=72: launch failed; CUDA error cudaErrorLaunchFailure.*fix:"
     ):
         cuda.lora_linear_fwd(c.x, c.weight, c.bias, c.lora_a, c.lora_b, 1.0, 0.0, None)
-    assert not cuda._sync
+    assert not cuda.flags.kept
 
 
 def test_forms_are_ones_the_launcher_takes():
@@ -187,25 +187,6 @@ def test_a_measured_table_sends_the_op_here(module, monkeypatch, tmp_path):
     call = module.calls[-1]
     assert (call.column0, call.block_m, call.block_n, call.cluster, call.group_m) == (False, 128, 192, 2, 16)
     store.tables.cache_clear()
-
-
-# -------------------------------------------------------------------------------------------------------------------- flags
-
-
-def test_flags_grow_and_a_captured_call_has_its_own(module, monkeypatch):
-    """What a graph captured must be neither shared with eager calls, nor replaced, nor freed when those need more."""
-    device = torch.device("cpu")
-    eager = cuda._sync_buffer(device, 0, 10)
-    assert cuda._sync_buffer(device, 0, 1000) is eager
-    assert cuda._sync_buffer(device, 1, 10) is not eager
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    captured = [cuda._sync_buffer(device, 0, 10) for _ in range(2)]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    larger = cuda._sync_buffer(device, 0, 5000)
-    assert larger.numel() >= 5000
-    assert not larger.any()
-    assert cuda._sync_buffer(device, 0, 10) is larger
-    assert len({t.data_ptr() for t in (eager, larger, *captured)}) == 4
 
 
 def test_every_form_that_the_benchmark_times_runs(module):

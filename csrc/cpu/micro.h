@@ -3,9 +3,13 @@
 #include "pack.h"
 
 namespace {
+// What x is multiplied as: pairs of bf16, or fp32, which the other 16-bit types are widened to. Types that share it share the micro kernels.
 template <class T>
+using Factor = typename PanelStep<T>::X;
+
+template <class X>
 struct Strip {  // rows of x and a packed panel along k: `steps` whole lanes and, for an odd K, half of one more
-  const typename PanelStep<T>::X* x;
+  const X* x;
   int64_t ld;
   const float* panel;
   int64_t steps;
@@ -19,22 +23,22 @@ struct Tile {  // fp32 sums
 
 // A place along a strip. Three rows of x share a pointer: x86 addresses p, p + ld and p + 2 ld itself, so that no step computes or spills one (4 %
 // on a Xeon with AMX).
-template <class T, int MR>
+template <class X, int MR>
 struct Place {
   static constexpr int GROUPS = (MR + 2) / 3;
   const float* panel;
-  const typename PanelStep<T>::X* rows[GROUPS];
+  const X* rows[GROUPS];
   LK_INLINE void advance(Place& at, int64_t steps) {
     at.panel += steps * SW;
 #pragma GCC unroll 8
-    for (int i = 0; i < GROUPS; i++) at.rows[i] += steps * PanelStep<T>::PAIR;
+    for (int i = 0; i < GROUPS; i++) at.rows[i] += steps * PanelStep<X>::PAIR;
   }
 };
 
 // one step, `ahead` of a place
-template <class T, int MR, int W>
-LK_INLINE void strip_step(V (&acc)[MR][W], const Place<T, MR>& at, int64_t ld, int ahead) {
-  using P = PanelStep<T>;
+template <class X, int MR, int W>
+LK_INLINE void strip_step(V (&acc)[MR][W], const Place<X, MR>& at, int64_t ld, int ahead) {
+  using P = PanelStep<X>;
   V w[W];
 #pragma GCC unroll 4
   for (int v = 0; v < W; v++) w[v] = load(at.panel + ahead * SW + v * L);
@@ -46,34 +50,34 @@ LK_INLINE void strip_step(V (&acc)[MR][W], const Place<T, MR>& at, int64_t ld, i
 
 // Steps k0..k1 of a strip, two in each turn of the inner loop. While the next block is fetched, that loop has eight turns: one of 16 turns of one
 // step takes 9 % longer on a Xeon with AMX (fp32, M 1024, 576 x 576), where the end of so long a loop is mispredicted.
-template <class T, int MR, int W, class Next>
-LK_INLINE void run_strip(V (&acc)[MR][W], const Strip<T>& s, int64_t k0, int64_t k1, Next& next) {
-  using P = PanelStep<T>;
+template <class X, int MR, int W, class Next>
+LK_INLINE void run_strip(V (&acc)[MR][W], const Strip<X>& s, int64_t k0, int64_t k1, Next& next) {
+  using P = PanelStep<X>;
   const int64_t ld = s.ld;
-  Place<T, MR> at;
+  Place<X, MR> at;
   at.panel = s.panel + k0 * SW;
 #pragma GCC unroll 8
-  for (int i = 0; i < Place<T, MR>::GROUPS; i++) at.rows[i] = s.x + 3 * i * ld + k0 * P::PAIR;
+  for (int i = 0; i < Place<X, MR>::GROUPS; i++) at.rows[i] = s.x + 3 * i * ld + k0 * P::PAIR;
   int64_t k = k0;
   if constexpr (!same<Next, NoBlock>) {
     for (; k + 16 <= k1; k += 16) {
       Next::step(next);
 #pragma GCC unroll 1
       for (int i = 0; i < 8; i++) {
-        strip_step<T, MR, W>(acc, at, ld, 0);
-        strip_step<T, MR, W>(acc, at, ld, 1);
-        Place<T, MR>::advance(at, 2);
+        strip_step<X, MR, W>(acc, at, ld, 0);
+        strip_step<X, MR, W>(acc, at, ld, 1);
+        Place<X, MR>::advance(at, 2);
       }
     }
     if (k < k1) Next::step(next);
   }
 #pragma GCC unroll 1
   for (; k + 2 <= k1; k += 2) {
-    strip_step<T, MR, W>(acc, at, ld, 0);
-    strip_step<T, MR, W>(acc, at, ld, 1);
-    Place<T, MR>::advance(at, 2);
+    strip_step<X, MR, W>(acc, at, ld, 0);
+    strip_step<X, MR, W>(acc, at, ld, 1);
+    Place<X, MR>::advance(at, 2);
   }
-  if (k < k1) strip_step<T, MR, W>(acc, at, ld, 0);
+  if (k < k1) strip_step<X, MR, W>(acc, at, ld, 0);
   if (s.half && k1 == s.steps) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -101,17 +105,17 @@ LK_INLINE void put(V (&acc)[MR][W], Tile c, bool more) {
 template <class T>
 constexpr int64_t CHAIN = same<T, float> ? CHAIN_F32 : MOST_DEEP;
 
-// One micro tile: MR rows by W vectors, added to what c holds of earlier k.
+// One micro tile: MR rows by W vectors, added in chains to what c holds of earlier k.
 // Every loop over acc is unrolled whole: one index known only at run time and the compiler keeps all of it in memory.
-template <class T, int MR, int W, class Next>
-void micro(const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more, Next& next) {
+template <class X, int MR, int W, class Next>
+void micro(const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more, Next& next) {
   V acc[MR][W];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < W; v++) acc[i][v] = zero();
   if (rank.panel) {
-    run_strip<T, MR, W>(acc, rank, 0, rank.steps, next);
+    run_strip<X, MR, W>(acc, rank, 0, rank.steps, next);
     if (a.out_keep.p) {
       const V scale = set1(a.keep_scale);
 #pragma GCC unroll 16
@@ -119,40 +123,40 @@ void micro(const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, i
 #pragma GCC unroll 4
         for (int v = 0; v < W; v++) acc[i][v] = keep(mul(acc[i][v], scale), keep_bits(a.out_keep, m + i, n + v * L));
     }
-    if (same<T, float>) put(acc, c, more), more = true;
+    if (chain < MOST_DEEP) put(acc, c, more), more = true;
   }
   int64_t k = 0;
   do {
-    const int64_t k1 = min(k + CHAIN<T>, base.steps);
-    run_strip<T, MR, W>(acc, base, k, k1, next);
+    const int64_t k1 = min(k + chain, base.steps);
+    run_strip<X, MR, W>(acc, base, k, k1, next);
     put(acc, c, more);
     more = true;
     k = k1;
   } while (k < base.steps);
 }
 
-template <class T, int MR, int W>
-LK_INLINE void micro_rows(int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more,
-                          NextBlock& next) {
+template <class X, int MR, int W>
+LK_INLINE void micro_rows(int rows, const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c,
+                          bool more, NextBlock& next) {
   if constexpr (MR > 0) {
     NoBlock none;
     if (MR == MICRO_ROWS[W] && rows == MR && !next.rows)
-      micro<T, MR, W>(rank, base, a, m, n, c, more, none);
+      micro<X, MR, W>(rank, base, chain, a, m, n, c, more, none);
     else if (rows == MR)
-      micro<T, MR, W>(rank, base, a, m, n, c, more, next);
+      micro<X, MR, W>(rank, base, chain, a, m, n, c, more, next);
     else
-      micro_rows<T, MR - 1, W>(rows, rank, base, a, m, n, c, more, next);
+      micro_rows<X, MR - 1, W>(rows, rank, base, chain, a, m, n, c, more, next);
   }
 }
 
-template <class T, int W>
-LK_INLINE void micro_width(int width, int rows, const Strip<T>& rank, const Strip<T>& base, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c,
-                           bool more, NextBlock& next) {
+template <class X, int W>
+LK_INLINE void micro_width(int width, int rows, const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::PanelArgs& a, int64_t m,
+                           int64_t n, Tile c, bool more, NextBlock& next) {
   if constexpr (W > 0) {
     if (width == W)
-      micro_rows<T, MICRO_ROWS[W], W>(rows, rank, base, a, m, n, c, more, next);
+      micro_rows<X, MICRO_ROWS[W], W>(rows, rank, base, chain, a, m, n, c, more, next);
     else
-      micro_width<T, W - 1>(width, rows, rank, base, a, m, n, c, more, next);
+      micro_width<X, W - 1>(width, rows, rank, base, chain, a, m, n, c, more, next);
   }
 }
 }  // namespace

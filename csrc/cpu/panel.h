@@ -39,7 +39,7 @@ void store_transposed(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m
 
 template <class T>
 struct Rows {  // the row tile's operand as the micro kernel wants it: in place, or widened to fp32 into `to`
-  using X = typename PanelStep<T>::X;
+  using X = Factor<T>;
   template <class S>
   static const X* get(const S* p, int64_t ld, int rows, int64_t k, float* to, int64_t to_ld) {
     for (int i = 0; i < rows; i++) {
@@ -71,24 +71,24 @@ LK_INLINE int64_t even_up(int64_t a) { return (a + 1) / 2 * 2; }
 constexpr int RANK_ROWS = MICRO_ROWS[NV] * NV >= 2 * NP / L ? MICRO_ROWS[NV] * NV * L / NP : 1;
 
 // c[i] [NP] += h[i] B for MR rows, wherever they lie, and a panel of packed B. A row's sums do not depend on the rows beside it.
-template <class T, int MR>
-void add_rank(const typename PanelStep<T>::X* const* h, const float* packed, int64_t R, float* const* c) {
-  using P = PanelStep<T>;
+template <class X, int MR>
+void add_rank(const X* const* h, const float* packed, int64_t R, int64_t chain, float* const* c) {
+  using P = PanelStep<X>;
   const int64_t steps = R / P::PAIR, depth = ceil_div(R, P::PAIR);
-  for (int64_t r0 = 0; r0 < depth; r0 += CHAIN<T>) {
+  for (int64_t r0 = 0; r0 < depth; r0 += chain) {
     V acc[MR][NP / L];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 16
       for (int v = 0; v < NP / L; v++) acc[i][v] = zero();
-    for (int64_t r = r0; r < min(r0 + CHAIN<T>, steps); r++)
+    for (int64_t r = r0; r < min(r0 + chain, steps); r++)
 #pragma GCC unroll 16
       for (int v = 0; v < NP / L; v++) {
         const V w = load(packed + (v / NV * depth + r) * SW + v % NV * L);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) acc[i][v] = P::step(acc[i][v], w, h[i] + r * P::PAIR);
       }
-    if (depth > steps && r0 + CHAIN<T> >= depth)
+    if (depth > steps && r0 + chain >= depth)
 #pragma GCC unroll 16
       for (int v = 0; v < NP / L; v++) {
         const V w = load(packed + (v / NV * depth + steps) * SW + v % NV * L);
@@ -102,13 +102,13 @@ void add_rank(const typename PanelStep<T>::X* const* h, const float* packed, int
   }
 }
 
-template <class T, int MR>
-LK_INLINE void add_rank_of(int rows, const typename PanelStep<T>::X* const* h, const float* packed, int64_t R, float* const* c) {
+template <class X, int MR>
+LK_INLINE void add_rank_of(int rows, const X* const* h, const float* packed, int64_t R, int64_t chain, float* const* c) {
   if constexpr (MR > 0) {
     if (rows == MR)
-      add_rank<T, MR>(h, packed, R, c);
+      add_rank<X, MR>(h, packed, R, chain, c);
     else
-      add_rank_of<T, MR - 1>(rows, h, packed, R, c);
+      add_rank_of<X, MR - 1>(rows, h, packed, R, chain, c);
   }
 }
 
@@ -133,7 +133,7 @@ void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, i
     fetch_segment<T>(a, i + 1, n, cols);
     pack_nt<T>(static_cast<const T*>(s.adapter.b) + n * a.b.ld, a.b.ld, cols, 0, ceil_div(R, PanelStep<T>::PAIR), R, pb,
                ceil_div(R, PanelStep<T>::PAIR));
-    const typename PanelStep<T>::X* h[RANK_ROWS];
+    const Factor<T>* h[RANK_ROWS];
     float* c[RANK_ROWS];
     int rows = 0;
     for (int64_t j = 0; j < s.count; j++) {
@@ -142,7 +142,7 @@ void add_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, i
         h[rows] = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, 1, R, hs + rows * (R + L), 0);
         c[rows++] = C.p + (m - m0) * C.ld;
       }
-      if (rows == RANK_ROWS || j == s.count - 1) add_rank_of<T, RANK_ROWS>(rows, h, pb, R, c), rows = 0;
+      if (rows == RANK_ROWS || j == s.count - 1) add_rank_of<Factor<T>, RANK_ROWS>(rows, h, pb, R, CHAIN<T>, c), rows = 0;
     }
   }
 }
@@ -176,7 +176,8 @@ int64_t shrink_rows(lk::Dtype, bool masked) { return masked ? lk::kNever : 128; 
 template <class T, class OT>
 void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
   using P = PanelStep<T>;
-  constexpr bool in_place = same<T, typename P::X>;
+  using X = Factor<T>;
+  constexpr bool in_place = same<T, X>;
   const int64_t n = p0 * NP, cols = min(a.N, p1 * NP) - n, ldc = (p1 - p0) * NP, KD = ceil_div(a.K, P::PAIR), RD = ceil_div(a.R, P::PAIR);
   const int64_t deepest = block_depth(a, KD);
   float *pa = ws, *pb = pa + MOST_DEEP * NP, *C = pb + rank_floats(a), *xs = C + (m1 - m0 + MAX_ROWS) * ldc, *hs = xs + MAX_ROWS * (MOST_DEEP + L);
@@ -211,14 +212,14 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
       const auto* h = Rows<T>::get(static_cast<const T*>(a.h.p) + m * a.h.ld, a.h.ld, rows, rank ? a.R : 0, hs, a.R + L);
       const Tile c = {whole ? C + (m - m0) * ldc : C, ldc};  // finished tiles are stored at once, so one place that stays in L1 does
       for (int64_t s = 0; s * SW < cols; s++) {
-        const Strip<T> rank_strip = {h, in_place ? a.h.ld : a.R + L, rank ? pb + s * RD * SW : nullptr, a.R / P::PAIR, a.R % P::PAIR != 0};
-        const Strip<T> base_strip = {x, in_place ? a.x.ld : MOST_DEEP + L, pa + s * depth * SW, depth - odd, odd};
+        const Strip<X> rank_strip = {h, in_place ? a.h.ld : a.R + L, rank ? pb + s * RD * SW : nullptr, a.R / P::PAIR, a.R % P::PAIR != 0};
+        const Strip<X> base_strip = {x, in_place ? a.x.ld : MOST_DEEP + L, pa + s * depth * SW, depth - odd, odd};
         const int width = static_cast<int>(min(ceil_div(cols - s * SW, L), NV));
         for (int r = 0; r < rows;) {  // a narrower sub-panel takes more rows at once, a wider one fewer
           const int part = static_cast<int>(min(rows - r, MICRO_ROWS[width]));
-          Strip<T> rs = rank_strip, bs = base_strip;
+          Strip<X> rs = rank_strip, bs = base_strip;
           rs.x += r * rs.ld, bs.x += r * bs.ld;
-          micro_width<T, NV>(width, part, rs, bs, a, m + r, n + s * SW, {c.p + r * ldc + s * SW, ldc}, k0 > 0, next);
+          micro_width<X, NV>(width, part, rs, bs, CHAIN<T>, a, m + r, n + s * SW, {c.p + r * ldc + s * SW, ldc}, k0 > 0, next);
           r += part;
         }
       }

@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _device
+from .._flags import Flags
 from ..native.signature import addresses
 from ._raw_launch import raw_launch
 
@@ -223,21 +224,8 @@ class PerStream:
         return found
 
 
-_workspaces: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def workspace(device: torch.device, stream: int, ints: int) -> Tensor:
-    """Zeroed int32 flags for a kernel that leaves them zero: one buffer per stream, as kernels on two streams may run at once.
-
-    Under capture every call gets its own, zeroed by a memset node: a graph may be replayed on any stream, beside any other graph.
-    """
-    if device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
-        return torch.zeros(ints, dtype=torch.int32, device=device)
-    found = _workspaces.get((device, stream))
-    if found is None or found.shape[0] < ints:
-        # The zeroing runs on the stream that will use it; an outgrown buffer goes back to the allocator, which reuses it on this stream.
-        found = _workspaces[device, stream] = _device.kept_zeros(device, max(ints, 1024))
-    return found
+flags = Flags()
+workspace = flags.on  # (device, stream, ints) -> zeroed int32 flags for a kernel that leaves them zero
 
 
 @contextlib.contextmanager

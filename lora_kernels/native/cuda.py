@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _device, reference
 from .._errors import BackendError, message
+from .._flags import Flags
 from ..tuning import store
 
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
@@ -89,20 +90,7 @@ def split(M: int, K: int, sms: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------------------------ launching
 
-_sync: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _sync_buffer(device: torch.device, stream: int, ints: int) -> Tensor:
-    """Zeroed flags that the kernel leaves zero: one buffer per stream, since kernels on two streams may run at once.
-
-    Under capture every call has its own, zeroed by a node of the graph: a graph may be replayed on any stream, beside any other.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(ints, dtype=torch.int32, device=device)
-    found = _sync.get((device, stream))
-    if found is None or found.numel() < ints:
-        found = _sync[device, stream] = _device.kept_zeros(device, max(ints, 1024))
-    return found
+flags = Flags()
 
 
 def _call(function: str, *args: object) -> None:
@@ -110,7 +98,7 @@ def _call(function: str, *args: object) -> None:
     try:
         getattr(module, function)(*args)
     except module.CudaError as error:
-        _sync.clear()  # whatever an aborted launch left in the flags is not used again
+        flags.forget()
         raise BackendError(message("CUDA kernel failed", str(error), fix="lora-kernels env; backend='triton' avoids these kernels")) from error
 
 
@@ -154,10 +142,10 @@ def linear(
     y, sync = x.new_empty(M, N), None
     if how.column0:
         h = x.new_empty(M, R)
-        sync = _sync_buffer(device, stream, _module().cuda_linear_sync_ints(M))
-    flags = (_ELEMENTS[x.dtype], backward, how.column0, mask is not None, dependent, how.block_m, how.block_n, how.cluster, how.group_m)
+        sync = flags.on(device, stream, _module().cuda_linear_sync_ints(M))
+    switches = (_ELEMENTS[x.dtype], backward, how.column0, mask is not None, dependent, how.block_m, how.block_n, how.cluster, how.group_m)
     matrices = [v for t in (x, w, a, b, y) for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))]
-    _call("cuda_linear", *flags, M, N, K, R, scale, *matrices, _address(bias), _address(h), _address(mask), _address(sync), stream)
+    _call("cuda_linear", *switches, M, N, K, R, scale, *matrices, _address(bias), _address(h), _address(mask), _address(sync), stream)
     return y, h
 
 

@@ -86,7 +86,7 @@ def operands(M, N, K, R, dtype, backward):
 def _flags_are_zero_afterwards():
     yield
     torch.cuda.synchronize()
-    assert all(int(t.abs().sum()) == 0 for t in cuda._sync.values())
+    assert all(int(t.abs().sum()) == 0 for t in cuda.flags.kept.values())
 
 
 def test_sanitize_every_form():

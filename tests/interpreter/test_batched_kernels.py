@@ -66,7 +66,7 @@ def forward(b: Batch, form: str, packed: bool = False):
     table, block = b.table(invariant, 64 if form in ("tma", "own_h", "gather") else None)
     with form_of(form):
         y, h, _ = batched.lora_batched_fwd(*b.base, b.ranks, b.scalings, None, None, table, block, packed, invariant)
-    assert all(not flags.any() for flags in _launch._workspaces.values()), "counters left behind"
+    assert all(not flags.any() for flags in _launch.flags.kept.values()), "counters left behind"
     return y, h
 
 

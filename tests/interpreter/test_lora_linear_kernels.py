@@ -119,7 +119,7 @@ def test_matches_float64(case: Case, force) -> None:
         assert got[name].shape == eager[name].shape
         error, allowed = rmse(got[name], exact[name]), 2 * rmse(eager[name], exact[name]) + floor
         assert error <= allowed, f"{name}: relative RMSE {error:.2e}, allowed {allowed:.2e}"
-    assert all(not flags.any() for flags in _launch._workspaces.values()), "sync flags are left as they were found: zero"
+    assert all(not flags.any() for flags in _launch.flags.kept.values()), "sync flags are left as they were found: zero"
 
 
 @pytest.mark.parametrize("form", TILE)
@@ -151,7 +151,7 @@ def test_column0_with_one_column_publishes_nothing(force) -> None:
     t = operands(case)
     for _ in range(2):
         assert rmse(run(lora_linear, t, case)["y"], run(reference, t, case)["y"].double()) < 1e-3
-    assert all(not flags.any() for flags in _launch._workspaces.values())
+    assert all(not flags.any() for flags in _launch.flags.kept.values())
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "h_unwanted"])

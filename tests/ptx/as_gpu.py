@@ -23,7 +23,6 @@ _launch.PROGRAMS = MULTIPROCESSORS
 _registry._SERVES.update(triton=("cpu",), cuda=("cpu",))
 _device.sm_count = lambda *_: MULTIPROCESSORS
 torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)
-torch.cuda.is_current_stream_capturing = lambda: False
 torch.cuda.device = lambda *_: contextlib.nullcontext()
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 torch.cuda.synchronize = emulator.synchronize

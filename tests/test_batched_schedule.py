@@ -23,7 +23,7 @@ class Stuck(AssertionError):
 
 @dataclass
 class Launch:
-    """One launch: `tiles` column tiles x `split` programs, `blocks` token blocks, `groups` of h with `parts` units each."""
+    """One launch: `tiles` column tiles x `split` programs, `blocks` token blocks, `groups` of h with `parts` units each, or one (`whole`)."""
 
     sync: list[int]
     tiles: int
@@ -32,6 +32,7 @@ class Launch:
     groups: int
     parts: int
     max_groups: int
+    whole: bool = False
     wait_first: bool = False  # the fault a single resident program must expose
     early_reset: bool = False  # the fault a second launch must expose
     done: Counter = field(default_factory=Counter)
@@ -46,29 +47,27 @@ class Launch:
         self.sync[at] += n
         return before
 
+    @property
+    def units(self) -> int:
+        return self.groups * (1 if self.whole else self.parts)
+
     def wait(self):
-        while self.sync[GROUPS] < self.groups * self.parts:
+        while self.sync[GROUPS] < self.units:
             yield WAIT
 
     def program(self, pn: int, ps: int):
-        units = self.groups * self.parts
         if self.wait_first:
             yield from self.wait()
         u = self.add(TICKET, 1)
         yield
-        while u < units:
-            group = u // self.parts
+        while u < self.units:
             self.done[u] += 1
-            self.part_of[group] += 1
             yield
-            arrived = self.add(COUNTERS + group, 1)
-            yield
-            if arrived == self.parts - 1:
-                assert self.part_of[group] == self.parts, "summed before all parts were stored"
-                self.published.add(group)
+            if self.whole:
+                self.published.add(u)
                 yield
-                self.sync[COUNTERS + group] = 0
-                yield
+            else:
+                yield from self.part(u // self.parts)
             self.add(GROUPS, 1)
             yield
             u = self.add(TICKET, 1)
@@ -96,6 +95,18 @@ class Launch:
                 self.sync[at] = 0
                 yield
 
+    def part(self, group: int):
+        self.part_of[group] += 1
+        yield
+        arrived = self.add(COUNTERS + group, 1)
+        yield
+        if arrived == self.parts - 1:
+            assert self.part_of[group] == self.parts, "summed before all parts were stored"
+            self.published.add(group)
+            yield
+            self.sync[COUNTERS + group] = 0
+            yield
+
     def run(self, resident: int, rng: random.Random) -> None:
         """Programs start in launch order, at most `resident` at a time, and are stepped in an arbitrary order."""
         waiting = [(pn, ps) for ps in range(self.split) for pn in range(self.tiles)]
@@ -112,8 +123,7 @@ class Launch:
                 idle = 0
             if idle > 60 * len(running):  # each has been asked many times over
                 raise Stuck(f"{len(running)} programs wait, {len(waiting)} have not started")
-        assert all(self.done[u] == 1 for u in range(self.groups * self.parts))
-        assert sum(self.done.values()) == self.groups * self.parts
+        assert self.done == Counter(range(self.units))
         assert self.stored == Counter(range(self.tiles))
         assert not any(self.sync), f"counters left behind: {self.sync}"
 
@@ -125,7 +135,7 @@ def launches(rng: random.Random, **faults):
     for _ in range(3):
         blocks = rng.randint(0, 6)
         groups = blocks * rng.choice([1, 2])
-        yield Launch(sync, rng.randint(1, 6), rng.choice([1, 2, 4]), blocks, groups, rng.choice([1, 3, 8]), max_groups, **faults)
+        yield Launch(sync, rng.randint(1, 6), rng.choice([1, 2, 4]), blocks, groups, rng.choice([1, 3, 8]), max_groups, rng.random() < 0.5, **faults)
 
 
 def run_launches(seeds: int, resident: int, **faults) -> None:

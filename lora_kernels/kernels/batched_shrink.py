@@ -31,14 +31,18 @@ def store_h(acc, h_ptr, scalings_ptr, i, adapter, rows, live, rr, rank, shs, shm
 
 @triton.jit
 def h_unit(
-    u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+    u, count, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
     o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC,
     S: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, TB: tl.constexpr, KC: tl.constexpr,
     HAS_RANKS: tl.constexpr, HAS_SCALINGS: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Unit u: the part of h[i, rows of a block, BR columns] from one part of K; the last of the group's KC units sums and stores h."""
-    group = u // KC
-    part = u % KC
+    """Unit u: h[i, rows of a block, BR columns] from `count` parts of K, one or all KC; of single parts the last of the group's KC sums and stores h.
+
+    Either way h is the sum of the parts' own sums in ascending order: the same bits.
+    """
+    units = KC // count
+    group = u // units
+    part = u % units
     block = group % blocks
     i = group // blocks // RC
     r0 = group // blocks % RC * BR
@@ -56,21 +60,29 @@ def h_unit(
             a_ptr += i * rank * sar
         per_part = tl.cdiv(tl.cdiv(K, KC), BK) * BK
         acc = tl.zeros((TB, BR), tl.float32)
-        for k in range(part * per_part, min((part + 1) * per_part, K), BK):
+        total = acc
+        for k in range(part * per_part, min((part + count) * per_part, K), BK):
             rk = k + tl.arange(0, BK)
             x = tl.load(x_ptr + rows[:, None] * sxm + rk[None, :], mask=live[:, None] & (rk[None, :] < K), other=0.0)
             a = tl.load(a_ptr + rr[:, None] * sar + rk[None, :] * sak, mask=(rr[:, None] < rank) & (rk[None, :] < K), other=0.0)
             acc = tl.dot(x, a.to(x_ptr.dtype.element_ty).T, acc, input_precision=PREC)
-        parts = hpart_ptr + group.to(tl.int64) * (KC * TB * BR) + rt[:, None] * BR + tl.arange(0, BR)[None, :]
-        tl.store(parts + part * (TB * BR), acc)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(sync_ptr + COUNTERS + group, 1, sem="acq_rel", scope="gpu")
+            ends = (k + BK) % per_part == 0
+            total = tl.where(ends, total + acc, total)
+            acc = tl.where(ends, 0.0, acc)
+        total += acc
+        arrived = KC - 1
+        if count < KC:
+            parts = hpart_ptr + group.to(tl.int64) * (KC * TB * BR) + rt[:, None] * BR + tl.arange(0, BR)[None, :]
+            tl.store(parts + part * (TB * BR), total)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(sync_ptr + COUNTERS + group, 1, sem="acq_rel", scope="gpu")
+            if arrived == KC - 1:
+                total = tl.zeros((TB, BR), tl.float32)
+                for c in range(KC):
+                    total += tl.load(parts + c * (TB * BR), cache_modifier=".cg")
+                tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
         if arrived == KC - 1:
-            total = tl.zeros((TB, BR), tl.float32)
-            for c in range(KC):
-                total += tl.load(parts + c * (TB * BR), cache_modifier=".cg")
             store_h(total, h_ptr, scalings_ptr, i, adapter, rows, live, rr, rank, shs, shm, ssc, HAS_SCALINGS, PADDED)
-            tl.atomic_xchg(sync_ptr + COUNTERS + group, 0, sem="relaxed")
 
 
 @triton.jit
@@ -150,7 +162,7 @@ def shrink_kernel(
             )  # fmt: skip
     elif u < blocks * S * RC * KC:
         h_unit(
-            u, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
+            u, 1, x_ptr, h_ptr, hpart_ptr, table_ptr, ranks_ptr, scalings_ptr, sync_ptr, as_, K, R, sxm, sal, sar, sak, shs, shm, srk, ssc,
             o_order, o_blk_start, o_blk_len, o_blk_adapter, blocks, RC, S, BK, BR, TB, KC, HAS_RANKS, HAS_SCALINGS, PACKED, PADDED, PREC,
         )  # fmt: skip
 

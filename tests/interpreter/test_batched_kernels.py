@@ -96,6 +96,19 @@ def test_row_bits_ignore_neighbours(form):
     assert torch.equal(moved.roll(-3, 0), first)
 
 
+def test_units_of_one_part_of_K_and_of_all_give_the_same_bits():
+    """Decode cuts the h of one adapter into 8 units for its 10 programs, and of five adapters into one unit each."""
+    b = Batch.random(ids=MIXED, Ns=[264], K=1032, R=24, L=5, dtype=bf16, ranks=[24, 3, 9, 24, 0])
+    y, h = forward(b, "decode")
+    b.assert_close(y)
+    for adapter in (0, 1, 2):
+        mine = b.ids == adapter
+        alone, h_alone = forward(b.replace(ids=torch.where(mine, b.ids, -1)), "decode")
+        rank = b.ranks.flatten()[adapter]
+        assert torch.equal(alone[mine], y[mine])
+        assert torch.equal(h_alone[:, mine, :rank], h[:, mine, :rank])
+
+
 @pytest.mark.skipif(not isinstance(batched_tma.finish, InterpretedFunction), reason="compiled for one value of APART")
 @pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
 def test_a_sum_kept_apart_has_the_same_bits(masked, monkeypatch):

@@ -212,6 +212,10 @@ Step wait_group(Machine&, Thread& t, const Instruction& i) {
   while (!t.bulk.empty() && !t.bulk.front()->writing) t.bulk.pop_front();
   return Step::next;
 }
+Step prefetch_bytes(Machine&, Thread& t, const Instruction& i) {  // [address], bytes: of the second-level cache, so nothing to do
+  if (t.address(i.at(0)) % 16 || t.get<uint32_t>(i.at(1)) % 16) throw Error("misaligned cp.async.bulk.prefetch: " + place(t));
+  return Step::next;
+}
 Step prefetch(Machine&, Thread& t, const Instruction& i) {
   map_of(t, i.at(0));
   return Step::next;
@@ -232,6 +236,7 @@ Exec tensor(const Opcode& op, Instruction& i) {
   if (op.starts("cp.async.bulk.tensor") && op.parts[5] == "global") return store;
   if (op.starts("cp.async.bulk.commit_group")) return commit;
   if (op.starts("cp.async.bulk.wait_group")) return i.shape = op.has("read") ? 'r' : 0, wait_group;
+  if (op.starts("cp.async.bulk.prefetch.L2.global")) return prefetch_bytes;
   if (op.starts("prefetch.tensormap")) return prefetch;
   return nullptr;
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _batch_table
 from ..tuning.plan import block_rank
-from ._jit import keep_bits, load_keep, pack_bits
+from ._jit import keep_bytes, load_keep, store_bytes
 from ._launch import Launcher, Pointers
 from .batched_common import drop_of, jit, padded, pick, precision, rank_of, stride0
 
@@ -28,12 +28,9 @@ def keep_kernel(mask_ptr, seed_ptr, ids_ptr, p_ptr, M, K, L, BM: tl.constexpr, B
     inside = (slot >= 0) & (slot < L)
     p = tl.load(p_ptr + slot, mask=inside, other=0.0)
     threshold, _ = drop_of(p)
-    keep = keep_bits(tl.load(seed_ptr), rm, k // 8 + tl.arange(0, BK // 8), threshold[:, None, None, None, None])
-    bits = pack_bits(keep & (k + tl.arange(0, BK) < K)[None, :], BM, BK)
-    words = tl.cdiv(K, 32)
-    wc = k // 32 + tl.arange(0, BK // 32)
-    spot = mask_ptr + rm.to(tl.int64)[:, None] * words + wc[None, :]
-    tl.store(spot, tl.where((p > 0)[:, None], bits, -1), mask=(rm < M)[:, None] & (wc < words)[None, :])
+    groups = k // 8 + tl.arange(0, BK // 8)
+    packed = keep_bytes(tl.load(seed_ptr), rm, groups, K, threshold[:, None])
+    store_bytes(mask_ptr, rm, M, groups, tl.cdiv(K, 32), tl.where((p > 0)[:, None], packed, 0xFF))
 
 
 @jit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..reference import drop_threshold, keep_scale
 from ..tuning.plan import block_rank, whole_rank
-from ._jit import keep_bits, pack_bits
+from ._jit import bits_of, keep_bytes, store_bytes
 from ._launch import Launcher, precision, regular
 
 
@@ -59,12 +59,11 @@ def shrink_kernel(
         x = tl.load(x_rows + ks.to(tl.int64)[None, :] * sxk, mask=(rm[:, None] < M) & (ks[None, :] < K), other=0.0)
         a = tl.load(a_rows + ks.to(tl.int64)[None, :] * sak, mask=(rr[:, None] < R) & (ks[None, :] < K), other=0.0)
         if DROPOUT:
-            keep = keep_bits(seed, rm, k // 8 + tl.arange(0, BK // 8), threshold) & (ks[None, :] < K)
-            wc = k // 32 + tl.arange(0, BK // 32)
+            groups = k // 8 + tl.arange(0, BK // 8)
+            packed = keep_bytes(seed, rm, groups, K, threshold)
             if tl.program_id(1) == 0:
-                spot = mask_ptr + rm.to(tl.int64)[:, None] * words + wc[None, :]
-                tl.store(spot, pack_bits(keep, BM, BK), mask=(rm[:, None] < M) & (wc[None, :] < words))
-            x = tl.where(keep, x, 0.0)
+                store_bytes(mask_ptr, rm, M, groups, words, packed)
+            x = tl.where(bits_of(packed, BM, BK), x, 0.0)
         acc = tl.dot(a.to(x.dtype), x.T, acc, input_precision=PRECISION)
     out = h_ptr + rm.to(tl.int64)[None, :] * R + rr[:, None]
     tl.store(out, (acc * scale).to(h_ptr.dtype.element_ty), mask=(rm[None, :] < M) & (rr[:, None] < R))

@@ -217,6 +217,18 @@ def test_torch_plan_with_dropout_masks_in_the_kernel(monkeypatch) -> None:
         assert rmse(got[name], want[name]) < 1.5e-3, name
 
 
+@pytest.mark.parametrize("threshold", [1, 3277, 32767, 32768, 32769, 50000, 65535, 65536])
+@pytest.mark.parametrize("K", [37, 264])
+def test_every_threshold_of_dropout_keeps_what_the_reference_keeps(force, threshold, K) -> None:
+    """Halves of a word are compared together, below and above 0x8000 by other carries."""
+    force("pointer")
+    case = Case("pointer", "fp32", 40, 8, K, 4, p=threshold / 65536)
+    t = operands(case)
+    args = (t["x"], t["weight"], None, t["lora_a"], t["lora_b"], 0.5, case.p)
+    for seed in (torch.tensor([5]), torch.tensor([-(2**60) - 3])):
+        assert torch.equal(lora_linear.lora_linear_fwd(*args, seed)[2], reference.dropout_mask(seed, 40, K, case.p))
+
+
 def test_everything_dropped(force) -> None:
     force("pointer")
     case = Case("pointer", "fp32", 17, 33, 40, 8, p=1.0)

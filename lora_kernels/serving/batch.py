@@ -1,29 +1,83 @@
-"""`Batch`: which adapter every row of the next forward passes uses, for the thread that entered it."""
+"""`Batch`: which adapter every row of the next forward passes uses, for the thread or the asyncio task that entered it."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from ..native.signature import has_values
 from ..ops.batch_meta import BatchMeta, as_ids, check_ids, writable
 from .slots import Adapter
 
+INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")  # of Hugging Face's models; else the first tensor counts
+
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from .layers import Group, Target
     from .pool import AdapterPool
 
 
+ENTERED: ContextVar[tuple[Batch, ...]] = ContextVar("lora_kernels_batches", default=())  # by this thread or task, the innermost last
+TASKS = object()  # stands for the batch of a thread whose tasks have one each
+
+
 class Current(threading.local):
-    """The batch that is running in this thread. Every thread has its own, so threads serve different batches on one model."""
+    """The batch of a pool that is running in this thread. Every thread has its own, so threads serve different batches on one model.
+
+    So do asyncio's tasks. `ENTERED` alone would tell, but torch.compile cannot look into it.
+    """
 
     def __init__(self) -> None:  # once per thread; torch 2.11's compiler would take a default on the class for the value
-        self.batch: Batch | None = None
+        self.batch: Batch | object | None = None
+        self.running: list[Batch] = []
+
+    def now(self) -> Batch | None:
+        return self.of_task() if self.batch is TASKS else self.batch
+
+    def of_task(self) -> Batch | None:
+        """The batch, where `batch` is TASKS."""
+        if torch.compiler.is_compiling():
+            fix = "enter the batch and run the model in a worker thread"
+            raise LoraKernelsError(message("a compiled model cannot tell the batches of asyncio tasks apart", fix=fix))
+        mine = self._entered()
+        return mine[-1] if mine else None
+
+    def enter(self, batch: Batch) -> None:
+        ENTERED.set((*ENTERED.get(), batch))
+        self.running.append(batch)
+        self._settle()
+
+    def leave(self, batch: Batch) -> None:
+        i = self.running.index(batch)
+        if i + 1 < len(self.running):  # as when coroutines interleave: the one after it goes on to what was around this
+            self.running[i + 1].recorded = batch.recorded
+        else:
+            torch.set_grad_enabled(batch.recorded)
+        self.running.pop(i)
+        ENTERED.set(tuple(b for b in ENTERED.get() if b is not batch))
+        self._settle()
+
+    def _entered(self) -> list[Batch]:
+        return [b for b in ENTERED.get() if b in self.running]  # a task's context keeps what its parent has left since
+
+    def _settle(self) -> None:
+        one_context = not _in_task() and self._entered() == self.running
+        self.batch = None if not self.running else self.running[-1] if one_context else TASKS
+
+
+def _in_task() -> bool:
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:  # no event loop in this thread
+        return False
 
 
 class Batch:
@@ -35,16 +89,20 @@ class Batch:
 
     def __init__(self, pool: AdapterPool, rows: Sequence[str | None] | Tensor, per_token: bool) -> None:
         self._pool, self._rows, self._per_token = pool, rows, per_token
+        self.current = pool._current
         self._adapters: list[Adapter | None] = []
         self._ids: Tensor | None = None
-        self._metas: dict[tuple[torch.device, torch.Size], BatchMeta] = {}
+        self._metas: dict[tuple[torch.device, torch.Size, int | None], BatchMeta] = {}
         self._touched: set[int] = set()
-        self._outer: tuple[Batch | None, bool] | None = None  # while it runs: the batch around it, and whether gradients were recorded there
+        self.recorded: bool | None = None  # while it runs: whether gradients were recorded around it
+        self.mixed = False  # whether its rows have different adapters
         self.with_bias = False
+        self._sequences: int | None = None  # during a forward of the whole model: the leading dimension of its input, and how many rows its
+        self._tokens: set[int] = set()  # layers may have where sequences and tokens are one dimension
         self.shared: tuple[Group, Tensor, int, int, list[Tensor]] | None = None
 
     def __enter__(self) -> Batch:
-        if self._outer is not None:
+        if self.recorded is not None:
             raise LoraKernelsError(message("this batch is running already", fix="make one batch per with statement"))
         self._adapters, self._ids = self._resolve(self._rows)
         try:
@@ -52,36 +110,25 @@ class Batch:
         except BaseException:
             self._pool._release(self._adapters)
             raise
+        self.mixed = len(self._ids) > 1 and (isinstance(self._rows, Tensor) or len(set(self._rows)) > 1)
         self.with_bias = any(a is not None and a.bias for a in self._adapters)
         self._touched = {i for a in self._adapters if a is not None for i in a.modules}
-        self._outer = (self._pool._current.batch, torch.is_grad_enabled())
-        self._pool._current.batch = self
+        self.recorded = torch.is_grad_enabled()
+        self.current.enter(self)
         torch.set_grad_enabled(False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        inner = self._leave()
-        if inner is None:
-            self._pool._current.batch, recorded = self._outer
-            torch.set_grad_enabled(recorded)
-        else:  # not the innermost, as when coroutines of one thread interleave: the one inside stays, and goes on to what was around this
-            inner._outer = self._outer
-        self._outer, self.shared, self._metas = None, None, {}
+        if self not in self.current.running:
+            reason = "does not run" if self.recorded is None else "was entered in another thread"
+            raise LoraKernelsError(message(f"a batch cannot be left here: it {reason}", fix="leave it once, in the thread that entered it"))
+        self.current.leave(self)
+        self.recorded, self.shared, self._metas = None, None, {}
         self._pool._left(self._adapters)
-
-    def _leave(self) -> Batch | None:
-        """The batch of this thread that runs directly inside this one, or None."""
-        batch, inner = self._pool._current.batch, None
-        while batch is not self:
-            if batch is None or batch._outer is None:
-                reason = "does not run" if self._outer is None else "was entered in another thread"
-                raise LoraKernelsError(message(f"a batch cannot be left here: it {reason}", fix="leave it once, in the thread that entered it"))
-            batch, inner = batch._outer[0], batch
-        return inner
 
     def update_(self, rows: Sequence[str | None] | Tensor) -> Batch:
         """Other adapters for as many rows, written into the same memory, so that a captured CUDA graph uses them at its next replay."""
-        if self._outer is None:
+        if self.recorded is None:
             raise LoraKernelsError(message("Batch.update_ outside the batch", fix="call it inside the with statement"))
         adapters, ids = self._resolve(rows)
         try:
@@ -92,6 +139,8 @@ class Batch:
         reason = None
         if ids.shape != self._ids.shape:
             reason = message("Batch.update_: another number of rows", ids.shape[0], self._ids.shape[0], "make one batch per batch size")
+        elif any(a is not None and a.modules & self._pool.scattered - self._touched for a in adapters):
+            reason = message("Batch.update_: an adapter of layers that keep no order of rows, in a batch that began without", fix="make a new batch")
         elif not self.with_bias and any(a is not None and a.bias for a in adapters):
             reason = message("Batch.update_: an adapter with lora_bias in a batch that began without", fix="begin with one, or make a new batch")
         if reason is not None:
@@ -99,10 +148,11 @@ class Batch:
             raise LoraValueError(reason)
         held, self._adapters = self._adapters, adapters
         self._touched, self.shared = {i for a in adapters if a is not None for i in a.modules}, None
+        self.mixed = self.mixed or isinstance(rows, Tensor) or len(set(rows)) > 1
         try:
             with writable(self._ids):
                 self._ids.copy_(ids)
-            for (device, _), meta in self._metas.items():
+            for (device, *_), meta in self._metas.items():
                 meta.update_(self._expand(meta.num_tokens).to(device))
         finally:
             self._pool._release(held)
@@ -140,7 +190,25 @@ class Batch:
                     message("a batch names slots of no loaded adapter", sorted(empty)[:5], f"-1, {loaded}", "ask AdapterPool.slot again")
                 )
 
-    # ---- for the layers
+    # ---- for the model and its layers
+
+    def begin_forward(self, inputs: Sequence[Tensor]) -> None:
+        """The model's own input says how many sequences there are, beams included; a layer's may have its dimensions turned."""
+        lead = next((t.shape[0] for t in inputs if t.dim() > 1), 0)
+        self._sequences = lead if lead and lead % self._ids.shape[0] == 0 else None
+        self._tokens = {lead, *(lead * t.shape[1] for t in inputs if t.dim() > 1 and t.shape[0] == lead)}
+
+    def end_forward(self) -> None:
+        self._sequences = None
+
+    def adapts(self, target: Target) -> bool:
+        """Whether a layer whose rows are not the batch's sequences in order is to add an adapter. Raises where rows have different ones."""
+        if target.index not in self._touched:
+            return False
+        if self.mixed:
+            got, fix = f"{target.name}: {target.scattered}", "a batch of one adapter, or a pool whose target_modules leave such layers out"
+            raise LoraValueError(message("rows of several adapters go through a layer that does not keep them in order", got, fix=fix))
+        return True
 
     def touches(self, target: Target) -> bool:
         """Whether any adapter of the batch adapts this layer. On a GPU, and when traced, always: graphs must serve every mix."""
@@ -150,13 +218,13 @@ class Batch:
         """The adapter of every row of x flattened to `[M, K]`; built once per shape and device."""
         if torch.compiler.is_compiling():  # built in the graph, where equal ones become one
             return self._build(x)
-        key = (x.device, x.shape[:-1])
+        key = (x.device, x.shape[:-1], self._sequences)
         if (found := self._metas.get(key)) is None:
             found = self._metas[key] = self._build(x)
         return found
 
     def _build(self, x: Tensor) -> BatchMeta:
-        M = x.numel() // x.shape[-1]
+        M = x.shape[:-1].numel()
         self._check(x, M)
         return BatchMeta(self._expand(M).to(x.device), self._pool._num_slots, self._pool._batch_invariant)
 
@@ -166,11 +234,32 @@ class Batch:
         if self._per_token:
             if n != M:
                 raise LoraValueError(message("the batch does not fit this forward", f"{n} ids", f"{M} tokens, x {list(x.shape)}"))
-        elif lead % n:
-            fix = "one name per sequence; for packed or ragged tokens use batch_tokens"
-            raise LoraValueError(message("the batch does not fit this forward", f"{n} names", f"{lead} sequences or a divisor of it", fix))
+            return
+        fits, allowed = lead % n == 0, f"{lead} sequences or a divisor of it"
+        if fits and self.mixed and self._sequences is not None and not torch.compiler.is_compiling():
+            seen = {shape.numel() for _, shape, sequences in self._metas if sequences == self._sequences}
+            fits = lead == self._sequences if x.dim() > 2 else M in self._tokens | seen
+            allowed = f"{self._sequences} sequences, as the model's input has, one after the other; x {list(x.shape)}"
+        if not fits:
+            fix = "one name per sequence; for packed or ragged tokens, and where time comes first, use batch_tokens"
+            raise LoraValueError(message("the batch does not fit this forward", f"{n} names", allowed, fix))
 
     def _expand(self, M: int) -> Tensor:
         """Ids per row: a sequence's rows (its tokens, and its beams, which generate() lays side by side) follow each other."""
         n = self._ids.shape[0]
         return self._ids if n == M else self._ids.view(n, 1).expand(n, M // n).reshape(M)
+
+
+def watch(model: nn.Module, current: Current) -> list[RemovableHandle]:
+    """Tells the batch that runs when a forward of the whole model begins and ends. Not in a compiled one, which has only the sizes to go by."""
+
+    def begin(_: nn.Module, args: tuple, kwargs: Mapping) -> None:
+        if not torch.compiler.is_compiling() and (batch := current.now()) is not None:
+            named = [kwargs[name] for name in INPUTS if isinstance(kwargs.get(name), Tensor)]
+            batch.begin_forward(named or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
+
+    def end(*_: object) -> None:
+        if not torch.compiler.is_compiling() and (batch := current.now()) is not None:
+            batch.end_forward()
+
+    return [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end, always_call=True)]

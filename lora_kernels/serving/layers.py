@@ -14,8 +14,11 @@ from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from ..ops.lora_batched import lora_batched_linear
 from ..ops.lora_expand import lora_expand
 from ..ops.lora_shrink import lora_shrink
+from .batch import TASKS
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from .batch import Batch, Current
 
 # Layers of one parent that get the same input: one shrink (or one whole call) serves all of them.
@@ -60,6 +63,7 @@ class Target:
     current: Current
     exact_base: bool
     layer: nn.Linear = field(repr=False)
+    scattered: str | None = None  # why its rows are not the batch's sequences in order
 
     def __reduce__(self):
         raise LoraKernelsError(message("a model with an AdapterPool can be neither copied nor pickled", fix="close() the pool first"))
@@ -88,7 +92,9 @@ class PooledLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         target = self._lora_target
         batch = target.current.batch
-        if batch is None:
+        if batch is TASKS:
+            batch = target.current.of_task()
+        if batch is None or (target.scattered is not None and not batch.adapts(target)):
             return F.linear(x, self.weight, self.bias)
         if target.exact_base:
             return _add_update(batch, target, x, F.linear(x, self.weight, self.bias))
@@ -178,6 +184,26 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
     return found
 
 
+TOWERS = {"vision_tower", "vision_model", "visual", "image_encoder", "audio_tower", "audio_model"}
+
+
+def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Those of the layers whose rows are not the batch's sequences in order, as far as their place tells, with the reason."""
+    decoders = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.TransformerDecoderLayer)]
+    time_first = tuple(f"{name}." if name else "" for name, m in decoders if not m.self_attn.batch_first)
+    parts = {name: set(name.split(".")) for name in names}
+    beside = any(not p & TOWERS for p in parts.values())  # a model of one tower has its inputs for sequences
+    found = {}
+    for name, of in parts.items():
+        if "experts" in of:
+            found[name] = "a routed expert, which takes tokens of any sequence"
+        elif beside and of & TOWERS:
+            found[name] = "in the tower of another modality, of which a sequence may bring several inputs or none"
+        elif time_first and name.startswith(time_first):
+            found[name] = "in a decoder layer made with batch_first=False"
+    return found
+
+
 def group_siblings(found: dict[str, nn.Linear]) -> list[list[str]]:
     """Names in the model's order, siblings that share their input together."""
     groups, placed = [], set()
@@ -232,7 +258,9 @@ def swap_in(target: Target) -> None:
     target.layer.__class__ = PooledLinear
 
 
-def swap_out(targets: Iterable[Target]) -> None:
+def swap_out(targets: Iterable[Target], hooks: Iterable[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
     for target in targets:
         target.layer.__class__ = nn.Linear
         del target.layer._lora_target

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _checks, _device
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from . import layers
-from .batch import Batch, Current
+from .batch import Batch, Current, watch
 from .checkpoint import Checkpoint, Pair, Shape
 from .layers import Group, Shard, Target
 from .peft_config import MAX_RANK
@@ -97,21 +97,24 @@ class AdapterPool:
         self._last_use: dict[int, dict[int, torch.cuda.Event]] = {}  # slot -> stream -> event after its last batch there
         self._targets: dict[str, Target] = {}
         self._shards: list[Shard] = []
+        inner = getattr(model, "_orig_mod", model)
+        scattered = layers.scattered(inner, found)
         for device, groups in layers.by_device(found).items():
             shard = Shard.allocate(device, sum(map(len, groups)), self._num_slots)
             self._shards.append(shard)
             for names in groups:
                 group = layers.allocate([found[n] for n in names], shard, self._num_slots, max_rank, dtype)
                 for place, name in enumerate(names):
-                    target = Target(name, len(self._targets), group, place, self._current, exact_base, found[name])
+                    target = Target(name, len(self._targets), group, place, self._current, exact_base, found[name], scattered.get(name))
                     self._targets[name] = target
                     shard.targets.append(target)
+        self.scattered = frozenset(t.index for t in self._targets.values() if t.scattered is not None)
         self._shapes = {name: Shape(t.layer.in_features, t.layer.out_features) for name, t in self._targets.items()}
         self._wait_for_fills()
         for target in self._targets.values():
             layers.swap_in(target)
         # Nobody can begin a batch of a pool that was dropped: its model gets its layers back, and the slabs are freed.
-        self._restore = weakref.finalize(self, layers.swap_out, list(self._targets.values()))
+        self._restore = weakref.finalize(self, layers.swap_out, list(self._targets.values()), watch(inner, self._current))
         self._restore.atexit = False
 
     def __reduce__(self):

@@ -1,0 +1,226 @@
+"""Which row gets which adapter: one batch per thread and task, and nothing served where rows are not the batch's sequences in order."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+import transformers
+from adapters import one_thread, random_tensors, tiny_llama, write_adapter
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels import LoraValueError
+
+__all__ = ["one_thread"]
+IDS = torch.tensor([[3, 5, 7, 9]])
+
+
+def pooled(model: nn.Module, tmp_path, modules: list[str], **options) -> lk.AdapterPool:
+    """A pool with adapters "a" and "b" of these modules."""
+    pool = lk.AdapterPool(model, max_loras=2, max_rank=4, **options)
+    for seed, name in enumerate("ab"):
+        tensors = random_tensors(model, tuple(modules), 4, seed + 1, spread=0.5)
+        pool.load(name, write_adapter(tmp_path / name, tensors, target_modules=modules))
+    return pool
+
+
+# ------------------------------------------------------------------------------------------------------- threads and tasks
+
+
+@pytest.fixture
+def llama(tmp_path):
+    model = tiny_llama()
+    with pooled(model, tmp_path, ["q_proj", "down_proj"]) as pool:
+        yield model, pool
+
+
+def alone(model, pool, name):
+    with pool.batch([name]):
+        return model(IDS).logits
+
+
+def test_every_task_of_an_event_loop_has_its_own_batch(llama):
+    model, pool = llama
+    expected = {name: alone(model, pool, name) for name in ("a", "b", None)}
+
+    async def serve(name):
+        with pool.batch([name]):
+            await asyncio.sleep(0.01)
+            assert not torch.is_grad_enabled()
+            return model(IDS).logits
+
+    async def without():
+        await asyncio.sleep(0.005)
+        return model(IDS).logits
+
+    async def main():
+        return await asyncio.gather(serve("a"), serve("b"), without(), serve("a"))
+
+    for name, got in zip(("a", "b", None, "a"), asyncio.run(main()), strict=True):
+        assert torch.equal(got, expected[name]), name
+    assert torch.is_grad_enabled()
+    assert torch.equal(alone(model, pool, "b"), expected["b"]), "threads are as before"
+
+
+def test_batches_inside_one_another_in_a_task(llama):
+    model, pool = llama
+    expected = {name: alone(model, pool, name) for name in ("a", "b")}
+
+    async def main():
+        with pool.batch(["a"]):
+            with pool.batch(["b"]):
+                await asyncio.sleep(0)
+                inner = model(IDS).logits
+            return inner, model(IDS).logits
+
+    inner, outer = asyncio.run(main())
+    assert torch.equal(inner, expected["b"])
+    assert torch.equal(outer, expected["a"])
+
+
+def test_a_task_keeps_the_batch_of_the_one_that_started_it(llama):
+    model, pool = llama
+    expected = {name: alone(model, pool, name) for name in ("a", None)}
+
+    async def main():
+        async def later(seconds):
+            await asyncio.sleep(seconds)
+            return model(IDS).logits
+
+        with pool.batch(["a"]):
+            late = asyncio.create_task(later(0.05))
+            early = await asyncio.create_task(later(0))
+        return early, await late
+
+    early, late = asyncio.run(main())
+    assert torch.equal(early, expected["a"])
+    assert torch.equal(late, expected[None]), "the batch has ended"
+    assert torch.is_grad_enabled()
+
+
+def test_a_compiled_model_refuses_the_batches_of_tasks(llama):
+    model, pool = llama
+    compiled = torch.compile(model.model.layers[0].self_attn.q_proj, backend="eager", fullgraph=True)
+
+    async def main():
+        with pool.batch(["a"]), pytest.raises(Exception, match="worker thread"):
+            compiled(torch.randn(1, 4, model.config.hidden_size))
+
+    asyncio.run(main())
+
+
+# ----------------------------------------------------------------------------------------------------------- order of rows
+
+
+def test_a_model_that_puts_time_first_is_refused(tmp_path):
+    """XLNet turns its input's dimensions: layers see as many "sequences" as there are tokens, here twice the number of names."""
+    torch.manual_seed(0)
+    model = transformers.XLNetModel(transformers.XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=48, vocab_size=64)).eval()
+    with pooled(model, tmp_path, ["layer_1"], target_modules=["layer_1"]) as pool:
+        ids = torch.randint(0, 64, (2, 4))
+        with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="2 sequences, as the model's input has"):
+            model(ids)
+        with pool.batch(["a", "a"]):
+            both = model(ids).last_hidden_state
+        with pool.batch(["a"]):
+            assert torch.equal(model(ids).last_hidden_state, both)
+
+
+class Decoder(nn.Module):
+    def __init__(self, batch_first: bool):
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
+
+    def forward(self, x, memory):
+        return self.layer(x, memory)
+
+
+def test_decoder_layers_of_torch_are_served_batch_first_alone(tmp_path):
+    torch.manual_seed(0)
+    x, memory = torch.randn(2, 4, 16), torch.randn(2, 3, 16)
+    first, later = Decoder(True).eval(), Decoder(False).eval()
+    later.load_state_dict(first.state_dict())
+    modules = ["linear1", "linear2"]
+    with pooled(first, tmp_path, modules, target_modules=modules) as pool, pool.batch(["a", "b"]):
+        y = first(x, memory)
+    with pooled(later, tmp_path, modules, target_modules=modules) as pool:
+        with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="batch_first=False"):
+            later(x.transpose(0, 1), memory.transpose(0, 1))
+        for row, name in enumerate("ab"):
+            with pool.batch([name]):
+                turned = later(x.transpose(0, 1), memory.transpose(0, 1)).transpose(0, 1)
+            torch.testing.assert_close(turned[row], y[row])
+
+
+class Routed(nn.Module):
+    """Every expert takes the tokens of odd or of even ids, whichever sequence they are of."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gate = nn.Embedding(16, 8), nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, ids):
+        x = self.gate(self.embed(ids))
+        y = torch.empty_like(x)
+        for i, expert in enumerate(self.experts):
+            y[ids % 2 == i] = expert(x[ids % 2 == i])
+        return y
+
+
+def test_routed_experts_serve_batches_of_one_adapter(tmp_path):
+    torch.manual_seed(0)
+    model, ids = Routed().eval(), torch.tensor([[2, 4, 6, 1], [3, 5, 8, 7]])
+    with pooled(model, tmp_path / "all", ["gate", "0", "1"]) as pool:
+        with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match=r"experts\.0: a routed expert"):
+            model(ids)
+        with pool.batch(["a"]):
+            one = model(ids)
+        with pool.batch(["a", "a"]):
+            assert torch.equal(model(ids), one)
+        with pool.batch(["a", "a"]) as batch:
+            batch.update_(["a", "b"])
+            with pytest.raises(LoraValueError, match="does not keep them in order"):
+                model(ids)
+    with pooled(model, tmp_path / "gate", ["gate"]) as pool:  # experts that no adapter touches are no hindrance
+        alone = []
+        for row, name in enumerate("ab"):
+            with pool.batch([name]):
+                alone.append(model(ids[row : row + 1]))
+        with pool.batch(["a", "b"]):
+            torch.testing.assert_close(model(ids), torch.cat(alone))
+
+
+class TwoTowers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vision_tower, self.text = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, images):
+        return self.text(x) + self.vision_tower(images).mean(0)
+
+
+def test_images_are_not_sequences(tmp_path):
+    """Two images may both be of the second sequence."""
+    model, x, images = TwoTowers().eval(), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    other = pytest.raises(LoraValueError, match="vision_tower: in the tower of another modality")
+    with pooled(model, tmp_path / "both", ["text", "vision_tower"]) as pool, pool.batch(["a", "b"]), other:
+        model(x, images)
+    with pooled(model, tmp_path / "text", ["text"]) as pool, pool.batch(["a", "b"]):
+        model(x, images)
+
+
+def test_what_began_as_a_batch_without_experts_stays_one(tmp_path):
+    model, ids = Routed().eval(), torch.tensor([[2, 4, 6, 1], [3, 5, 8, 7]])
+    with pooled(model, tmp_path, ["0"]) as pool, pool.batch([None, None]) as batch:
+        model(ids)
+        with pytest.raises(LoraValueError, match="keep no order of rows"):
+            batch.update_(["a", "a"])
+
+
+def test_a_layer_without_inputs(tmp_path):
+    model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 3))
+    with pooled(model, tmp_path, ["1"]) as pool, pool.batch(["a", "b"]):
+        assert model(torch.empty(2, 0)).shape == (2, 3)

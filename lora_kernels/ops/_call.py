@@ -85,6 +85,12 @@ def draw_seed(seed: int | Tensor | None, device: torch.device, op: str = "lora_l
     return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 
+def exporting() -> bool:
+    """Whether torch.export traces this call. `torch.compiler.is_exporting` says so of every torch.compile in torch 2.11."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     """Raise under a torch.func transform, and for tensors that carry a forward-mode derivative: the kernels know of neither."""
     if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import has_values
 from ..reference_batched import h_width
 from . import _serving_path
-from ._call import PLAIN, any_autocast, dense, draw_seed, in_autocast_dtype, refuse_transforms, run_op
+from ._call import PLAIN, any_autocast, dense, draw_seed, exporting, in_autocast_dtype, refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks, check_scalings
 
@@ -292,7 +292,7 @@ def lora_batched_linear(
         if any(w.requires_grad for w in weights):
             fix = "weight.requires_grad_(False)"
             raise LoraValueError(message(f"{op}: weight requires grad, but only the adapters are trained", fix=fix))
-        if torch.compiler.is_exporting():  # an exported program has ops, but no autograd.Function around them
+        if exporting():  # an exported program has ops, but no autograd.Function around them
             raise LoraKernelsError(message(f"{op}: no gradients in an exported program", allowed="serving", fix="export under torch.no_grad()"))
         y = _LoraBatched.apply(call, S, *tensors)
     else:

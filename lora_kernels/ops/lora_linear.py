@@ -13,7 +13,7 @@ from .. import _checks, reference
 from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import unobserved_signature
 from . import _registry
-from ._call import PLAIN, any_autocast, dense, draw_seed, in_autocast_dtype, keep, outside_autocast, refuse_transforms, run_op
+from ._call import PLAIN, any_autocast, dense, draw_seed, exporting, in_autocast_dtype, keep, outside_autocast, refuse_transforms, run_op
 
 _FWD = "lora_linear_fwd"
 _BWD = "lora_linear_bwd"
@@ -269,7 +269,7 @@ def lora_linear(
             message("lora_linear: weight requires grad, but only the adapter is trained", fix="weight.requires_grad_(False), or use F.linear")
         )
     dropout_p = float(dropout_p) if training else 0.0
-    if trained and compiling and torch.compiler.is_exporting():  # an exported program has ops, but no autograd.Function around them
+    if trained and compiling and exporting():  # an exported program has ops, but no autograd.Function around them
         return _plain(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
     seed = draw_seed(seed, x.device) if dropout_p > 0 else None
     if key is None:

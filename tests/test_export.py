@@ -6,7 +6,9 @@ import io
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft_models import adapted, one_thread  # noqa: F401 (one_thread is a fixture)
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim, export, load, save
 
 import lora_kernels as lk
@@ -34,6 +36,25 @@ def test_exported_program_keeps_the_op_and_the_numbers(kind, strict):
         for p in (program, load(file)):
             assert sum("lora_linear_fwd" in str(node.target) for node in p.graph.nodes) == ops
             torch.testing.assert_close(p.module()(x), model(x))
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "lora_batched"])
+def test_a_compiled_program_trains_through_the_op(op):
+    """An exported one cannot; torch 2.11 says of both that they are exported."""
+    x, w, ids = torch.randn(5, 12, requires_grad=True), torch.randn(20, 12), torch.tensor([0, 2, -1, 1, 2], dtype=torch.int32)
+    shapes = ((4, 12), (20, 4)) if op == "lora_linear" else ((3, 4, 12), (3, 20, 4))
+    a, b = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    call = {"lora_linear": lambda: lk.lora_linear(x, w, None, a, b), "lora_batched": lambda: lk.lora_batched_linear(x, w, None, a, b, ids)}[op]
+    graphs = []
+
+    def look(graph: torch.fx.GraphModule, _: list):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    y = torch.compile(call, backend=aot_autograd(fw_compiler=look), fullgraph=True)()
+    got, expected = (torch.autograd.grad(out.sum(), (x, a, b)) for out in (y, call()))
+    assert any(f"{op}_fwd" in target for graph in graphs for target in graph)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 @pytest.mark.slow

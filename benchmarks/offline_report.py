@@ -134,9 +134,29 @@ def many_adapters() -> str:
     return "\n".join(lines)
 
 
+def decode_waves() -> str:
+    """What of the decode kernel an H200 holds at once: in one wave, and with enough of W on its way (4.3 TB/s at 0.8 us take 26 KiB an SM)."""
+    lines = [
+        "| M | N, K 4096 | tile of W, parts of K | programs (per SM) | waves | W on its way, KiB an SM | x through L2, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for M in (1, 16, 32, 64, 128, 256):
+        for Ns in ((4096,), (14336,), (4096, 1024, 1024)):
+            ((launcher, args),) = offline.record(90, offline.ManyAdapters("forward", M, Ns, bare=True, arch=90).call)
+            c, options, grid = launcher.constants, launcher.warps_stages, launcher.grid[0] * launcher.grid[1]
+            fit = offline.resident(offline.compile_launch(launcher, args, 90), options["num_warps"])
+            on_its_way = (options["num_stages"] - 1) * c["BN"] * c["BK"] * 2 * min(fit, grid / SMS) / 1024
+            tile, width = f"{c['BN']} x {c['BK']}, {c['SPLIT_K']}", "+".join(map(str, Ns))
+            through = launcher.grid[0] * M * 4096 * 2 / 1e6
+            lines.append(f"| {M} | {width} | {tile} | {grid} ({fit}) | {grid / fit / SMS:.2f} | {on_its_way:.0f} | {through:.0f} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(predictions())
     print()
     print(many_adapters())
+    print()
+    print(decode_waves())
     print()
     print(compiled())

@@ -268,7 +268,7 @@ def test_panels_hold_what_tma_stores(host):
 # --------------------------------------------------------------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.5 + 2**-16, 0.7, 1.0 - 2**-16, 1.0])
 @pytest.mark.parametrize("M, K", [(1, 8), (3, 40), (17, 1000), (130, 64)])
 def test_keep_mask_is_the_reference_bit_for_bit(host, M, K, p):
     for seed in (0, 1234, 2**62 - 1, -5):

@@ -78,7 +78,9 @@ class Shrink:
             # 32 rows a program give two programs per SM at M = 8192; a larger rank block needs the rows to pay for reading A.
             BR = block_rank(R, 128)
             BM, BK, warps, stages = (32, 128, 4, 5) if BR <= 32 else (64, 64, 8, 3)
-            if BR == 128 and not whole_rank(R):
+            if BR == 64 and not dropout_p:
+                BK, stages = 128, 4  # 48 KiB of x on the way to an SM, not 16; with dropout the arithmetic takes longer than the copies
+            elif BR == 128 and not whole_rank(R):
                 BK = 32  # 64 spill on sm_80
         else:  # an address per element, or fp32 without TF32: registers allow little
             BR = block_rank(R, 32)

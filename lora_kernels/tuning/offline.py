@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.cache import get_cache_manager
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import _batch_table
 from ..kernels import _launch, batched, batched_table, lora_linear
 from . import store
 
@@ -141,6 +142,12 @@ def compile_launch(launcher: _launch.Launcher, args: list, arch: int) -> Report:
     )
 
 
+def resident(report: Report, warps: int) -> int:
+    """Programs of a kernel that one SM of sm_90 has room for (65536 registers, dealt by 8 to a thread; 228 KiB, of which a program costs 1 more)."""
+    threads = 32 * warps
+    return min(233_472 // (report.shared + 1024), 65_536 // (-(-report.registers // 8) * 8 * threads), 2048 // threads)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One call of the op, forward and backward, as the offline gate and the report compile it."""
@@ -175,6 +182,53 @@ class Layer:
         _, h, mask = lora_linear.lora_linear_fwd(x, weight, bias, lora_a, lora_b, 0.5, self.p, seed)
         args = (empty(self.M, self.N), x, weight, lora_a, lora_b, h, mask, 0.5, self.p, True, True, True)
         lora_linear.lora_linear_bwd(*args)
+
+
+@dataclass(frozen=True)
+class ManyAdapters:
+    """One call of the many-adapter ops: "forward", "backward" (both), "shrink_expand" or "table"."""
+
+    op: str
+    M: int
+    Ns: tuple[int, ...] = (4096,)
+    K: int = 4096
+    R: int = 16
+    L: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    pool_dtype: torch.dtype | None = None
+    invariant: bool = False
+    dropout: bool = False
+    bare: bool = False  # no bias, all ranks full, no scalings
+    arch: int = 0
+
+    def __str__(self) -> str:
+        dtypes = str(self.dtype)[6:] + (f"-{str(self.pool_dtype)[6:]}_pools" if self.pool_dtype else "")
+        options = "-bare" * self.bare + "-invariant" * self.invariant + "-dropout" * self.dropout
+        return f"{self.op}-M{self.M}-N{'+'.join(map(str, self.Ns))}-K{self.K}-R{self.R}-L{self.L}-{dtypes}{options}"
+
+    def call(self) -> None:
+        M, K, R, L, S = self.M, self.K, self.R, self.L, len(self.Ns)
+        empty = functools.partial(torch.empty, device="meta", dtype=self.dtype)
+        pool = functools.partial(torch.empty, device="meta", dtype=self.pool_dtype or self.dtype)
+        x, ws, biases = empty(M, K), [empty(N, K) for N in self.Ns], [None if self.bare else empty(N) for N in self.Ns]
+        pools_a, pools_b = [pool(L, R, K) for _ in self.Ns], [pool(L, N, R) for N in self.Ns]
+        block = _batch_table.default_block(M, self.invariant)
+        table = torch.empty(_batch_table.layout(M, L, block).size, dtype=torch.int32, device="meta")
+        ids, ranks, scalings = table[:M], torch.empty(S, L, dtype=torch.int32, device="meta"), torch.empty(S, L, device="meta")
+        p, seed = (scalings[0], torch.empty(1, dtype=torch.int64, device="meta")) if self.dropout else (None, None)
+        if self.bare:
+            ranks = scalings = None
+        if self.op == "table":
+            batched_table.build(ids, L, block, table)
+        elif self.op == "shrink_expand":
+            h = batched.lora_shrink(x, pools_a, ids, ranks, scalings, table, block, False, self.invariant)
+            batched.lora_expand(empty(M, sum(self.Ns)), h, pools_b, ids, ranks, table, block, self.invariant)
+        else:
+            base = (x, ws, biases, pools_a, pools_b, ids, ranks, scalings)
+            _, h, mask = batched.lora_batched_fwd(*base, p, seed, table, block, False, self.invariant)
+            if self.op == "backward":
+                dy = empty(M, sum(self.Ns))
+                batched.lora_batched_bwd(dy, x, ws, pools_a, pools_b, h, mask, ids, ranks, scalings, p, table, block, True, True, True)
 
 
 ARCHS = (80, 90, 100)

@@ -5,64 +5,19 @@ The launchers run on meta tensors, so what is compiled is what they would launch
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from lora_kernels import _batch_table
-from lora_kernels.kernels import batched, batched_table
 from lora_kernels.tuning import offline
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@dataclass(frozen=True)
-class Call:
-    op: str
-    M: int
-    Ns: tuple[int, ...] = (4096,)
-    K: int = 4096
-    R: int = 16
-    L: int = 8
-    dtype: torch.dtype = bf16
-    pool_dtype: torch.dtype | None = None
-    invariant: bool = False
-    dropout: bool = False
-    bare: bool = False  # no bias, all ranks full, no scalings
-    arch: int = 0
-
-    def __str__(self) -> str:
-        dtypes = str(self.dtype)[6:] + (f"-{str(self.pool_dtype)[6:]}_pools" if self.pool_dtype else "")
-        options = "-bare" * self.bare + "-invariant" * self.invariant + "-dropout" * self.dropout
-        return f"{self.op}-M{self.M}-N{'+'.join(map(str, self.Ns))}-K{self.K}-R{self.R}-L{self.L}-{dtypes}{options}"
-
-    def call(self) -> None:
-        M, K, R, L, S = self.M, self.K, self.R, self.L, len(self.Ns)
-        empty = functools.partial(torch.empty, device="meta", dtype=self.dtype)
-        pool = functools.partial(torch.empty, device="meta", dtype=self.pool_dtype or self.dtype)
-        x, ws, biases = empty(M, K), [empty(N, K) for N in self.Ns], [None if self.bare else empty(N) for N in self.Ns]
-        pools_a, pools_b = [pool(L, R, K) for _ in self.Ns], [pool(L, N, R) for N in self.Ns]
-        block = _batch_table.default_block(M, self.invariant)
-        table = torch.empty(_batch_table.layout(M, L, block).size, dtype=torch.int32, device="meta")
-        ids, ranks, scalings = table[:M], torch.empty(S, L, dtype=torch.int32, device="meta"), torch.empty(S, L, device="meta")
-        p, seed = (scalings[0], torch.empty(1, dtype=torch.int64, device="meta")) if self.dropout else (None, None)
-        if self.bare:
-            ranks = scalings = None
-        if self.op == "table":
-            batched_table.build(ids, L, block, table)
-        elif self.op == "shrink_expand":
-            h = batched.lora_shrink(x, pools_a, ids, ranks, scalings, table, block, False, self.invariant)
-            batched.lora_expand(empty(M, sum(self.Ns)), h, pools_b, ids, ranks, table, block, self.invariant)
-        else:
-            base = (x, ws, biases, pools_a, pools_b, ids, ranks, scalings)
-            _, h, mask = batched.lora_batched_fwd(*base, p, seed, table, block, False, self.invariant)
-            if self.op == "backward":
-                dy = empty(M, sum(self.Ns))
-                batched.lora_batched_bwd(dy, x, ws, pools_a, pools_b, h, mask, ids, ranks, scalings, p, table, block, True, True, True)
+Call = offline.ManyAdapters
 
 
 # "to allow use of registers in GMMA": orders register writes, serialises no loop (docs/measured.md). C7519 in ptxas 12.8, C7520 in 12.9.
@@ -164,3 +119,14 @@ def test_h_has_no_launch_where_programs_are_spare() -> None:
     for none in (dict(M=8448), dict(L=65), dict(pool_dtype=fp32), dict(Ns=(4096, 1024, 1024), R=64)):
         assert kernels(**none) == alone | {"shrink_kernel"}, none
     assert kernels(dropout=True) == alone | {"keep_kernel", "masked_shrink_kernel"}
+
+
+@pytest.mark.parametrize("Ns", [(4096,), (14336,), (4096, 1024, 1024), (1024,)], ids=lambda Ns: "+".join(map(str, Ns)))
+@pytest.mark.parametrize("M", [1, 16, 32, 64, 128])
+def test_decode_is_one_wave_that_keeps_memory_busy(M, Ns):
+    """H200: all programs resident at once, and at least 24 KiB of W on its way per SM (4.3 TB/s at 0.8 us take 26), 64 KiB up to 64 rows."""
+    ((launcher, args),) = offline.record(90, Call("forward", M, Ns, bare=True, arch=90).call)
+    constants, options, programs = launcher.constants, launcher.warps_stages, launcher.grid[0] * launcher.grid[1]
+    assert programs <= 132 * offline.resident(offline.compile_launch(launcher, args, 90), options["num_warps"])
+    on_the_way = (options["num_stages"] - 1) * constants["BN"] * constants["BK"] * 2 * programs / 132
+    assert on_the_way >= (24 if M > 64 or Ns == (1024,) else 64) * 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import random
@@ -104,6 +106,19 @@ def test_a_file_that_ends_while_it_is_read(bench):
         bench.path.write_bytes(bench.good[:-100])
         with pytest.raises(LoraKernelsError, match="the file ended while"):
             file.read(last, torch.empty(4096, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("read", ["read", "readinto"], ids=["header", "data"])
+def test_a_disk_that_fails(bench, monkeypatch, read):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    failing = type("Failing", (io.FileIO,), {read: fails})
+    open_file = os.fdopen
+    monkeypatch.setattr(
+        os, "fdopen", lambda fd, *a, **k: failing(fd) if os.path.samestat(os.fstat(fd), os.stat(bench.path)) else open_file(fd, *a, **k)
+    )
+    assert "adapter_model.safetensors cannot be read; got Input/output error; allowed: a readable file; fix: " in bench.attempt()
 
 
 @pytest.mark.parametrize("where", ["header", "data", "config"])

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 
 from .._errors import LoraTypeError, LoraValueError, message
-from .peft_config import missing_targets, read_config
+from .peft_config import read_config
 from .tensor_file import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # Parts of a tensor's name that tell what kind of adapter it belongs to.
 _FOREIGN = {
@@ -85,10 +86,10 @@ class Checkpoint:
             raise _bad(
                 "it adapts modules that the pool does not serve", _some(unknown, 3), f"linear layers named {kinds}", "name them in target_modules"
             )
-        if missing := missing_targets(self.config, found, targets):
+        if missing := self.config.missing(found, targets):
             raise _bad("modules that adapter_config.json names are missing from the file", _some(missing), fix="fetch or save the adapter again")
         pairs = {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}
-        if foreign := self.config.unselected(pairs):
+        if foreign := [m for m in pairs if m not in self.config.selected]:
             raise _bad("it adapts modules that its adapter_config.json leaves out", _some(foreign), fix="fetch or save the adapter again")
         return pairs
 
@@ -98,14 +99,14 @@ class Checkpoint:
         a, b, bias = parts["lora_A.weight"], parts["lora_B.weight"], parts.get("lora_B.bias")
         if (bias is not None) != self.config.lora_bias:
             raise _bad(f"{module}: config and file disagree on lora_bias", f"config {self.config.lora_bias}, file {bias is not None}")
-        rank = self.config.rank(module)
+        rank, scaling = self.config.rank_and_scaling(module)
         expected = {a: (rank, shape.K), b: (shape.N, rank)} | ({bias: (shape.N,)} if bias else {})
         for key, wanted in expected.items():
             if (got := self.file.entries[key].shape) != wanted:
                 raise _bad(f"{key} has the wrong shape", list(got), f"{list(wanted)} by the model and the config's rank {rank}")
         if rank > max_rank:
             raise _bad(f"{module} has a rank above the pool's", rank, f"at most max_rank {max_rank}", f"AdapterPool(max_rank={rank})")
-        if not abs(scaling := self.config.scaling(module)) <= torch.finfo(torch.float32).max:
+        if not abs(scaling) <= torch.finfo(torch.float32).max:
             raise _bad(f"{module}: the scaling by adapter_config.json is not finite in float32", f"{scaling:g}", fix="look at lora_alpha")
         return Pair(a, b, bias, rank, scaling)
 
@@ -121,16 +122,18 @@ def _split(key: str) -> tuple[str, str]:
 
 def _folder(folder: str | os.PathLike) -> Path:
     try:
-        path = Path(folder)
-        empty = not os.fspath(folder)  # Path("") would be the current folder
+        path, given = Path(folder), os.fspath(folder)
     except TypeError:
         raise LoraTypeError(message("the adapter's folder is no path", type(folder).__name__, "str or os.PathLike")) from None
     try:
-        is_folder = path.is_dir() and not empty
-    except (ValueError, OSError):  # a null byte, before Python 3.12; a name too long
+        # Of a link that is pointed elsewhere meanwhile, config and weights are still those of one adapter.
+        path = Path(os.path.realpath(path, strict=True))
+        is_folder = path.is_dir() and given != ""  # Path("") is the current folder
+    except (ValueError, OSError):  # a null byte; nothing there; a name too long
         is_folder = False
     if not is_folder:
-        raise LoraValueError(message("there is no such adapter folder", repr(os.fspath(folder)), "a folder as written by PEFT's save_pretrained"))
+        fix = f'huggingface_hub.snapshot_download("{given}") returns a folder, if that is a repository' if _HUB_ID.fullmatch(given) else None
+        raise LoraValueError(message("there is no such adapter folder", repr(given), "a folder as written by PEFT's save_pretrained", fix))
     if not os.path.exists(path / WEIGHTS) and os.path.exists(path / "adapter_model.bin"):  # both False in a folder that may not be searched
         fix = "convert it where you trust it: PeftModel.save_pretrained writes safetensors"
         raise LoraValueError(message("this adapter is a pickle file, which is never opened", "adapter_model.bin", WEIGHTS, fix))

@@ -12,6 +12,8 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,12 +48,22 @@ def open_regular(path: Path):
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """An OSError while `name` is read (a bad disk, a share that is gone, a file of /proc) becomes LoraValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise LoraValueError(message(f"{name} cannot be read", error.strerror or error, "a readable file", "fetch the file again")) from None
+
+
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     """For json.loads: an object that names a key twice is refused, for readers disagree about which one counts."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} stands there twice")
     return found
 
 
@@ -94,13 +106,13 @@ class TensorFile:
         entry = self.entries[name]
         size = entry.end - entry.start
         target = memoryview((ctypes.c_char * size).from_address(buffer.data_ptr())).cast("B")
-        self._file.seek(self._data + entry.start)
         done = 0
-        while done < size:
-            got = self._file.readinto(target[done:])
-            if not got:
-                raise LoraValueError(message(f"{self._name}: the file ended while {name} was read", f"{done} bytes", f"{size} bytes"))
-            done += got
+        with reading(self._name):
+            self._file.seek(self._data + entry.start)
+            while done < size and (got := self._file.readinto(target[done:])):
+                done += got
+        if done < size:
+            raise self._bad(f"the file ended while {name} was read", f"{done} bytes", f"{size} bytes")
         return buffer[:size].view(entry.dtype).view(entry.shape)
 
     def _header(self, file_size: int) -> dict[str, Entry]:
@@ -138,9 +150,10 @@ class TensorFile:
 
     def _exactly(self, size: int) -> bytes:
         parts = []
-        while size and (part := self._file.read(size)):
-            parts.append(part)
-            size -= len(part)
+        with reading(self._name):
+            while size and (part := self._file.read(size)):
+                parts.append(part)
+                size -= len(part)
         if size:
             raise self._bad("the file ended inside its header")
         return b"".join(parts)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._checks import _shape, check_devices, check_dtype, check_tensors
 from ._errors import LoraTypeError, LoraValueError, message
 
 
+def check_plain(op: str, **tensors: object) -> None:
+    """`check_tensors`; nor may one wrap others (DTensor, quantised weights), which have the memory that would be read."""
+    check_tensors(op, **tensors)
+    for name, t in tensors.items():
+        if is_traceable_wrapper_subclass(t) and type(t).__name__ != "AsyncCollectiveTensor":  # which waits for its own and lets ops through
+            fix = "DTensor.to_local() on each rank; lora_shrink and lora_expand beside a layer that computes its own base product"
+            raise LoraTypeError(message(f"{op}: {name} wraps other tensors", type(t).__name__, "a plain torch.Tensor", fix))
+
+
 def check_lists(op: str, **tensors: object) -> None:
     """The first (x or y) is a tensor of at least one dimension; each other (pools, weights) a tensor or a list or tuple of them, not empty."""
     (first, t), *lists = tensors.items()
-    check_tensors(op, **{first: t})
+    check_plain(op, **{first: t})
     if t.dim() < 1:
         raise LoraValueError(message(f"{op}: {first} has no dimension", _shape(t), "[..., features]"))
     for name, given in lists:
@@ -22,7 +32,7 @@ def check_lists(op: str, **tensors: object) -> None:
             got = repr(given) if listed else type(given).__name__
             raise LoraTypeError(message(f"{op}: {name} is no tensor", got, "torch.Tensor, or a list or tuple of one per slice"))
         for t in given:
-            check_tensors(op, **{name: t})
+            check_plain(op, **{name: t})
 
 
 def check_bias(op: str, bias: object, stacked: bool) -> None:
@@ -32,7 +42,7 @@ def check_bias(op: str, bias: object, stacked: bool) -> None:
         raise LoraTypeError(message(f"{op}: bias is a list, weight is not", got, "a tensor or None", "torch.cat(bias)"))
     for b in bias if isinstance(bias, (list, tuple)) else [bias]:
         if b is not None:
-            check_tensors(op, bias=b)
+            check_plain(op, bias=b)
 
 
 def check_pool_a(op: str, x: Tensor, pools_a: list[Tensor], rank_packed: bool) -> None:
@@ -82,7 +92,7 @@ def per_slice(op: str, name: str, t: Tensor | None, dtype: torch.dtype, S: int, 
     """ranks or scalings `[L]` or `[S, L]` as `[S, L]` of `dtype`, without a copy where the type fits."""
     if t is None:
         return None
-    check_tensors(op, **{name: t})
+    check_plain(op, **{name: t})
     if t.requires_grad and torch.is_grad_enabled():
         raise LoraValueError(message(f"{op}: {name} requires grad, but only the adapters are trained", fix=f"{name}.detach()"))
     if t.shape not in ((L,), (S, L)):

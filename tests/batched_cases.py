@@ -11,6 +11,32 @@ from torch import Tensor
 from lora_kernels import _batch_table, testing
 
 
+class Quantised(Tensor):
+    """A weight as torchao makes them: a tensor around others, with rules for some operators and NotImplementedError for the rest."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, *_):
+        return Quantised(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        if func.namespace == "aten":
+            return func(*[a.inner if isinstance(a, Quantised) else a for a in args], **(kwargs or {}))
+        raise NotImplementedError(f"Quantised has no rule for {func}")
+
+
 @dataclass(frozen=True)
 class Batch:
     """x [M, K]; per slice weight [N_i, K], bias [N_i] or None, pool_a [L, R, K], pool_b [L, N_i, R]; ids [M], ranks, scalings [S, L]."""

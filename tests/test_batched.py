@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from batched_cases import Batch
+from batched_cases import Batch, Quantised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import row_leaks
@@ -222,11 +222,17 @@ def _case(**changes):
     return args | {k: v(args) for k, v in changes.items()}
 
 
+def jagged(t: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([t], layout=torch.jagged)
+
+
 ERRORS = {
     "id_past_the_pool": (dict(token_lora_mapping=lambda a: torch.tensor([0, 2, -1])), LoraValueError, "outside the pool; got ids from -1 to 2"),
     "id_past_int32": (dict(token_lora_mapping=lambda a: torch.tensor([0, 2**32, -1])), LoraValueError, "outside the pool"),
     "id_below_none": (dict(token_lora_mapping=lambda a: torch.tensor([0, -2, -1])), LoraValueError, "outside the pool"),
     "float_ids": (dict(token_lora_mapping=lambda a: torch.zeros(3)), LoraTypeError, "token_lora_mapping has no usable type"),
+    "sparse_ids": (dict(token_lora_mapping=lambda a: a["token_lora_mapping"].to_sparse()), LoraTypeError, "unsupported layout; got torch.sparse"),
+    "jagged_ids": (dict(token_lora_mapping=lambda a: jagged(a["token_lora_mapping"])), LoraTypeError, "unsupported layout; got nested"),
     "too_few_ids": (dict(token_lora_mapping=lambda a: a["token_lora_mapping"][:2]), LoraValueError, "got 2 ids; allowed: 3"),
     "meta_of_other_pools": (dict(token_lora_mapping=lambda a: BatchMeta(a["token_lora_mapping"], 7)), LoraValueError, "built for other pools"),
     "pool_a_transposed": (dict(pool_a=lambda a: a["pool_a"].transpose(1, 2)), LoraValueError, r"allowed: \[L, R, 5\]"),
@@ -251,6 +257,8 @@ ERRORS = {
     "weights_of_a_generator": (dict(weight=lambda a: (w for w in [a["weight"]])), LoraTypeError, "weight is no tensor; got generator"),
     "bias_number": (dict(bias=lambda a: 3.0), LoraTypeError, "bias is no tensor; got float"),
     "bias_of_numbers": (dict(weight=lambda a: [a["weight"]], bias=lambda a: [3.0]), LoraTypeError, "bias is no tensor; got float"),
+    "weight_wrapped": (dict(weight=lambda a: Quantised(a["weight"])), LoraTypeError, "weight wraps other tensors; got Quantised.*lora_shrink"),
+    "pool_wrapped": (dict(pool_b=lambda a: [Quantised(a["pool_b"])]), LoraTypeError, "pool_b wraps other tensors"),
     "no_outputs": (dict(weight=lambda a: a["weight"][:0], bias=lambda a: None, pool_b=lambda a: a["pool_b"][:, :0]), LoraValueError, "N >= 1"),
     "no_inputs": (dict(x=lambda a: a["x"][:, :0], pool_a=lambda a: a["pool_a"][..., :0]), LoraValueError, "K >= 1"),
     "dropout_above_1": (dict(dropout_p=lambda a: torch.tensor([0.5, 1.5])), LoraValueError, "no probability; got 0.5 to 1.5"),
@@ -285,6 +293,12 @@ def test_bad_arguments(name, known, monkeypatch):
         lora_batched_linear(**_case(**changes))
 
 
+def test_results_of_collectives_that_were_not_waited_for():
+    """What an all-gather gives wraps a tensor, too, but waits and lets every op through."""
+    waiting = pytest.importorskip("torch.distributed._functional_collectives").AsyncCollectiveTensor
+    assert torch.equal(lora_batched_linear(**_case(x=lambda a: waiting(a["x"]))), lora_batched_linear(**_case()))
+
+
 def test_shrink_and_expand_refuse_gradients_and_copies():
     b = Batch.random(ids=[0, 1, -1], Ns=[6], K=5, R=2, L=2)
     with pytest.raises(LoraKernelsError, match="no gradients"):
@@ -312,6 +326,8 @@ EXPAND_ERRORS = {
     "pool_none": (dict(pool_b=None), LoraTypeError, "pool_b is no tensor"),
     "pool_numpy": (dict(pool_b=torch.zeros(2, 6, 2).numpy()), LoraTypeError, "pool_b is no tensor; got ndarray"),
     "h_dtype": (dict(h=torch.zeros(3, 2, dtype=torch.float64)), LoraTypeError, "h has an unsupported dtype; got torch.float64"),
+    "y_negated": (dict(y=torch._neg_view(torch.zeros(3, 6))), LoraValueError, "its memory holds -y.*fix: y.resolve_neg"),
+    "h_sparse": (dict(h=torch.ones(3, 2).to_sparse()), LoraTypeError, "h has an unsupported layout"),
     "pool_vector": (dict(pool_b=torch.zeros(6)), LoraValueError, "pool_b has too few dimensions"),
 }
 
@@ -400,6 +416,20 @@ def test_meta_update_keeps_its_addresses():
         with pytest.raises(LoraValueError, match=text):
             meta.update_(bad)
     assert meta.ids.tolist() == [1, 1, 1, -1]
+
+
+def test_ids_are_changed_by_update_alone():
+    """Calls of a known signature would read other ids as int32, whatever they are."""
+    meta = BatchMeta(torch.tensor([0, 1, -1]), 2)
+    with pytest.raises(AttributeError, match="ids"):
+        meta.ids = torch.zeros(3)
+    with pytest.raises(LoraValueError, match="token_lora_mapping has no values; got a tensor on meta"):
+        meta.update_(torch.zeros(3, dtype=torch.int32, device="meta"))
+    for bad in (meta.ids.to_sparse(), jagged(meta.ids)):
+        for call in (meta.update_, lambda ids: BatchMeta(ids, 2)):
+            with pytest.raises(LoraTypeError, match="unsupported layout"):
+                call(bad)
+    assert meta.ids.tolist() == [0, 1, -1]
 
 
 # ---------------------------------------------------------------------------------------------------------- registration

@@ -58,6 +58,7 @@ def test_no_signature_of_what_is_no_plain_tensor(signature) -> None:
 
     assert signature(tensor(2), tensor(2).as_subclass(Mine)) is None
     assert signature(tensor(2), torch.empty(2, device="meta")) is None
+    assert signature(tensor(2), tensor(2).to_sparse()) is None
 
 
 def test_more_dimensions_than_fit_have_no_signature() -> None:

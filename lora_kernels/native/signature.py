@@ -34,8 +34,11 @@ def _from_attributes(*tensors: Tensor | None) -> tuple | None:
         elif type(t) not in _PLAIN or t.is_meta:
             return None
         else:
-            found += (t.shape, t.stride(), t.dtype, t.device)
-            addresses |= t.data_ptr()
+            try:
+                found += (t.shape, t.stride(), t.dtype, t.device)
+                addresses |= t.data_ptr()
+            except RuntimeError:  # sparse: no strides, no address
+                return None
     return (*found, addresses & 15)
 
 

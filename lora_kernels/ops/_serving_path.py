@@ -32,7 +32,7 @@ def key_of(x: Tensor, tensors: Sequence[Tensor | None], mapping, *options) -> tu
     if torch.compiler.is_compiling():
         return None
     if isinstance(mapping, BatchMeta):
-        ids, prepared = mapping.ids, (mapping.num_adapters, mapping.block, mapping.batch_invariant)
+        ids, prepared = mapping._ids, (mapping.num_adapters, mapping.block, mapping.batch_invariant)
     else:
         ids, prepared = mapping, None
     shown = unobserved_signature(x, *tensors, ids)
@@ -71,7 +71,7 @@ def _checked(op: str, mapping, L: int, ranks: Tensor | None, R: int, scalings: T
     check_ranks(op, ranks, R)
     check_scalings(op, scalings)
     if isinstance(mapping, BatchMeta):
-        return mapping.ids, mapping.table
+        return mapping._ids, mapping.table
     check_ids(op, mapping, L)
     return mapping, None
 

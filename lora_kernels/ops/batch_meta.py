@@ -48,6 +48,7 @@ def as_ids(op: str, ids: Tensor) -> Tensor:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         fix = "ids.to(torch.int32)" if isinstance(ids, Tensor) else "torch.tensor(ids, dtype=torch.int32)"
         raise LoraTypeError(message(f"{op}: token_lora_mapping has no usable type", got, "an int32 tensor, one id per row", fix))
+    _checks_batched.check_plain(op, token_lora_mapping=ids)
     return _checks_batched.narrowed(ids.reshape(-1), torch.int32).contiguous()
 
 
@@ -69,7 +70,8 @@ class BatchMeta:
     """The adapter of every row, with the sort order, segments and token blocks that GPU kernels need.
 
     Args:
-        token_lora_mapping: int32 `[M]`, adapter of each row, -1 = none. Not kept: `meta.ids` is a copy at an address of its own.
+        token_lora_mapping: int32 `[M]`, adapter of each row, -1 = none. Not kept: `meta.ids` is a copy at an address of its own, which only
+            `update_` changes.
         num_adapters: L, the number of slots of the pools it will be used with.
         batch_invariant: whether results must not depend on M either; None reads LORA_KERNELS_BATCH_INVARIANT.
 
@@ -87,27 +89,34 @@ class BatchMeta:
         self.num_adapters = num_adapters
         self.batch_invariant = _device.env_flag("LORA_KERNELS_BATCH_INVARIANT") if batch_invariant is None else batch_invariant
         self.block = _batch_table.default_block(ids.shape[0], self.batch_invariant)
-        self.ids = ids.clone()
+        self._ids = ids.clone()
         self.table = None
         if ids.device.type != "cpu":  # CPU kernels sort the ids themselves
             size = _batch_table.layout(ids.shape[0], num_adapters, self.block).size
-            self.table = _build(self.ids, num_adapters, self.block, ids.new_empty(size))
+            self.table = _build(self._ids, num_adapters, self.block, ids.new_empty(size))
+
+    @property
+    def ids(self) -> Tensor:
+        """Read-only: calls of a known signature do not look at its dtype and shape again. They read `_ids`, which costs no call."""
+        return self._ids
 
     @property
     def num_tokens(self) -> int:
-        return self.ids.shape[0]
+        return self._ids.shape[0]
 
     def update_(self, token_lora_mapping: Tensor) -> BatchMeta:
         """Another mapping for the same number of rows, in place; safe inside and outside CUDA graph capture."""
         ids = as_ids("BatchMeta.update_", token_lora_mapping)
-        if ids.shape != self.ids.shape:
+        if ids.is_meta and not self._ids.is_meta:
+            raise LoraValueError(message("BatchMeta.update_: token_lora_mapping has no values", "a tensor on meta", self._ids.device))
+        if ids.shape != self._ids.shape:
             got, allowed = f"{ids.shape[0]} ids", f"{self.num_tokens}, as at the start"
             raise LoraValueError(
                 message("BatchMeta.update_: another number of rows", got, allowed, "build one BatchMeta per batch size, pad with -1")
             )
         check_ids("BatchMeta.update_", ids, self.num_adapters)
-        with writable(self.ids):
-            self.ids.copy_(ids)
+        with writable(self._ids):
+            self._ids.copy_(ids)
             if self.table is not None:
-                _build(self.ids, self.num_adapters, self.block, self.table)
+                _build(self._ids, self.num_adapters, self.block, self.table)
         return self

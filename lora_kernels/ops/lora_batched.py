@@ -169,7 +169,7 @@ class _PlainIds(BatchMeta):
     """Checked ids of one call on a CPU, used where they lie."""
 
     def __init__(self, ids: Tensor, L: int, batch_invariant: bool | None):
-        self.ids, self.num_adapters, self.table = ids, L, None
+        self._ids, self.num_adapters, self.table = ids, L, None
         self.batch_invariant = _device.env_flag("LORA_KERNELS_BATCH_INVARIANT") if batch_invariant is None else batch_invariant
         self.block = _batch_table.default_block(ids.shape[0], self.batch_invariant)
 

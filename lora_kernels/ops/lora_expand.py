@@ -99,7 +99,9 @@ def lora_expand(
         _tell_autograd(op, y)
         run(y, h, pools_b, *given)
         return y
-    _checks_batched.check_lists(op, y=y, pool_b=pools_b)
+    _checks_batched.check_lists(op, y=y, h=h, pool_b=pools_b)
+    if not torch.compiler.is_compiling() and y.is_neg():
+        raise LoraValueError(message(f"{op}: y cannot be written in place, its memory holds -y", "a negated view", fix="y.resolve_neg()"))
     refuse_transforms(op, y, h, *pools_b)
     if h.dim() != 3 or h.shape[0] != S or y.shape[-1] != N or h.shape[1] * N != y.numel():
         got = f"h {list(h.shape)}, y {list(y.shape)}"

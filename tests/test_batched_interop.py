@@ -122,11 +122,13 @@ def test_segments_that_leave_rows_out():
 SEGMENTS = {
     "few_slots": ((vector(0, 2, 5), vector(1), 5), LoraValueError, r"indptr \[3\], slots \[1\]"),
     "backwards": ((vector(0, 4, 2), vector(1, 0), 5), LoraValueError, "indptr runs backwards"),
-    "list": (([0, 2, 5], vector(1, 0), 5), LoraTypeError, "indptr is no vector of integers; got list"),
+    "list": (([0, 2, 5], vector(1, 0), 5), LoraTypeError, "indptr is no tensor; got list"),
     "floats": ((torch.tensor([0.0, 2.0]), vector(1), 5), LoraTypeError, "indptr is no vector of integers"),
     "no_rows": ((vector(0, 2), vector(1), -1), LoraValueError, "num_tokens is no count"),
     "long_permutation": ((vector(0, 2), vector(1), 2, vector(0, 1, 2)), LoraValueError, "more rows than there are; got 3"),
     "twice": ((vector(0, 2), vector(1), 4, vector(1, 1)), LoraValueError, "the permutation is none"),
+    "past_the_rows": ((vector(0, 9), vector(0), 2), LoraValueError, "indptr runs past the rows; got an end at 9; allowed: at most 2"),
+    "past_the_permutation": ((vector(0, 3), vector(0), 4, vector(1, 0)), LoraValueError, "past the rows; got an end at 3; allowed: at most 2"),
     "outside": ((vector(0, 2), vector(1), 4, vector(0, 4)), LoraValueError, "the permutation is none; got rows from 0 to 4"),
 }
 
@@ -137,10 +139,65 @@ def test_segments_that_are_none(args, error, text):
         segment_ids(*args)
 
 
+def small_info(**changes) -> SimpleNamespace:
+    fields = dict(permutation=None, num_segments=2, seg_indptr=vector(0, 2, 4), weight_indices=vector(0, 1), lora_ranks=vector(4, 4))
+    return SimpleNamespace(**fields | dict(scalings=torch.ones(2), expected_tokens=4) | changes)
+
+
+SGLANG = {
+    "slot_past_int32": (dict(weight_indices=torch.tensor([0, 2**32])), LoraValueError, "names an adapter outside the pool"),
+    "float_ranks": (dict(lora_ranks=torch.tensor([4.5, 4.0])), LoraTypeError, "lora_ranks is no vector of integers; got torch.float32"),
+    "fewer_scalings": (dict(scalings=torch.ones(1)), LoraValueError, r"lora_ranks and scalings do not fit; got lora_ranks \[2\], scalings \[1\]"),
+    "integer_scalings": (dict(scalings=vector(1, 1)), LoraTypeError, "scalings is no vector of numbers"),
+    "more_segments": (dict(num_segments=5), LoraValueError, r"num_segments does not fit; got 5, seg_indptr \[3\]"),
+    "no_segments": (dict(num_segments=None), LoraValueError, "num_segments does not fit; got None"),
+    "float_segments": (dict(num_segments=2.0), LoraValueError, "num_segments does not fit; got 2.0"),
+    "indptr_none": (dict(seg_indptr=None), LoraTypeError, "seg_indptr is no tensor; got NoneType"),
+    "slots_list": (dict(weight_indices=[0, 1]), LoraTypeError, "weight_indices is no tensor; got list"),
+    "slots_sparse": (dict(weight_indices=vector(0, 1).to_sparse()), LoraTypeError, "weight_indices has an unsupported layout"),
+    "permutation_list": (dict(permutation=[0, 1, 2, 3]), LoraTypeError, "permutation is no tensor; got list"),
+    "permutation_number": (dict(permutation=torch.tensor(3)), LoraTypeError, "permutation is no vector of integers"),
+    "rows_text": (dict(expected_tokens="4"), LoraValueError, "num_tokens is no count; got '4'"),
+}
+
+
+@pytest.mark.parametrize("changes, error, text", SGLANG.values(), ids=SGLANG)
+def test_sglang_metadata_that_is_none(changes, error, text):
+    assert from_sglang(small_info()).meta.ids.tolist() == [0, 0, 1, 1]
+    with pytest.raises(error, match=text):
+        from_sglang(small_info(**changes))
+
+
+def test_sglang_ranks_past_int32_stay_outside_every_pool():
+    assert from_sglang(small_info(lora_ranks=torch.tensor([2**32 + 4, 4]))).ranks.tolist() == [2**31 - 1, 4]
+
+
+def test_sglang_info_without_its_optional_field():
+    info = small_info()
+    del info.expected_tokens
+    with pytest.raises(LoraValueError, match="number of rows is not known"):
+        from_sglang(info)
+
+
+def test_pointers_stay_inside_their_owner():
+    weights = torch.zeros(3, 4, 8)
+    pointers = torch.tensor([weights[2].data_ptr()])
+    assert pool_of_pointers(pointers, 4, 8, torch.float32, owner=weights).pool.shape == (1, 4, 8)
+    with pytest.raises(LoraValueError, match="outside their owner's memory; got 160 bytes"):
+        pool_of_pointers(pointers, 5, 8, torch.float32, owner=weights)
+
+
 OTHERS = {
     "vllm_none": (lambda: from_vllm(None, 3), "not vLLM's metadata; got NoneType"),
     "sglang_none": (lambda: from_sglang(None), "not SGLang's metadata; got NoneType without permutation"),
     "slices": (lambda: sglang_slices(torch.zeros(2, 6, 4), [1, 2]), "widths do not fit"),
+    "slices_none": (lambda: sglang_slices(None, [1]), "pool_b is no tensor; got NoneType"),
+    "slices_of_a_vector": (lambda: sglang_slices(torch.zeros(6), [6]), "wrong number of dimensions"),
+    "slices_negative": (lambda: sglang_slices(torch.zeros(2, 8, 4), [-1, 9]), "widths do not fit"),
+    "slices_flag": (lambda: sglang_slices(torch.zeros(2, 1, 4), [True]), "widths do not fit"),
+    "pointers_most": (lambda: pool_of_pointers(torch.tensor([64]), 2, 2, torch.float32, most=None), "no shape and dtype.*most None"),
+    "pointers_huge": (lambda: pool_of_pointers(torch.tensor([64]), 2**40, 2, torch.float32), "no such layer"),
+    "pointers_past_all": (lambda: pool_of_pointers(torch.tensor([2**63 - 1]), 2, 2, torch.float32), "outside their owner's memory"),
     "pointers_list": (lambda: pool_of_pointers([1], 2, 2, torch.float32), "these are no pointers; got list"),
     "pointers_null": (lambda: pool_of_pointers(torch.tensor([0]), 2, 2, torch.float32), "a pointer to nothing"),
     "pointers_dtype": (lambda: pool_of_pointers(torch.tensor([64]), 2, 2, "float32"), "no shape and dtype"),

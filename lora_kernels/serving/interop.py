@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks, _checks_batched
 from .._errors import LoraTypeError, LoraValueError, message
+from ..native.signature import has_values
 from ..ops.batch_meta import BatchMeta
 
 
@@ -24,6 +26,18 @@ class Foreign(NamedTuple):
     meta: BatchMeta
     ranks: Tensor | None
     scalings: Tensor | None
+
+
+def _is_count(n: object, least: int = 0) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= least
+
+
+def _check_vector(op: str, name: str, t: object, integers: bool = True) -> None:
+    _checks_batched.check_plain(op, **{name: t})
+    if t.dim() != 1 or not (t.dtype in (torch.int32, torch.int64) if integers else t.is_floating_point()):
+        kind = ("integers", "int32 or int64") if integers else ("numbers", "a floating-point type")
+        got = f"{t.dtype} {list(t.shape)}"
+        raise LoraTypeError(message(f"{op}: {name} is no vector of {kind[0]}", got, f"{kind[1]}, one dimension"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- vLLM
@@ -53,12 +67,12 @@ def segment_ids(indptr: Tensor, slots: Tensor, num_tokens: int, permutation: Ten
     `permutation` int `[up to num_tokens]`: segment position j stands for row permutation[j]; rows that it does not name use none.
 
     Raises: LoraTypeError, LoraValueError: no integer vectors, fewer slots than segments, a longer permutation than rows; on a CPU also
-        segments that run backwards and rows that the permutation names twice or that are not there.
+        segments that run backwards or past the rows, and rows that the permutation names twice or that are not there.
     """
     segments = _check_segments(indptr, slots, num_tokens, permutation)
     position = torch.arange(num_tokens, device=indptr.device, dtype=indptr.dtype)
     segment = torch.searchsorted(indptr[1:].contiguous(), position, right=True)
-    padded = torch.cat([slots[:segments].to(torch.int32), slots.new_full((1,), -1, dtype=torch.int32)])
+    padded = torch.cat([_checks_batched.narrowed(slots[:segments], torch.int32), slots.new_full((1,), -1, dtype=torch.int32)])
     ids = padded[segment].masked_fill_(position < indptr[0], -1)
     if permutation is None:
         return ids
@@ -69,10 +83,9 @@ def _check_segments(indptr: Tensor, slots: Tensor, num_tokens: int, permutation:
     """The number of segments. Values are read on a CPU only: on a GPU that would wait."""
     vectors = {"indptr": indptr, "slots": slots} | ({} if permutation is None else {"permutation": permutation})
     for name, t in vectors.items():
-        if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype not in (torch.int32, torch.int64):
-            got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-            raise LoraTypeError(message(f"segments: {name} is no vector of integers", got, "int32 or int64, one dimension"))
-    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
+        _check_vector("segments", name, t)
+    _checks.check_devices("segments", **vectors)
+    if not _is_count(num_tokens):
         raise LoraValueError(message("segments: num_tokens is no count", repr(num_tokens)[:80], "an int of at least 0"))
     segments = indptr.shape[0] - 1
     if segments < 0 or slots.shape[0] < segments:
@@ -80,9 +93,14 @@ def _check_segments(indptr: Tensor, slots: Tensor, num_tokens: int, permutation:
         raise LoraValueError(message("segments: indptr and slots do not fit", got, "indptr [segments + 1], slots [at least segments]"))
     if permutation is not None and permutation.shape[0] > num_tokens:
         raise LoraValueError(message("segments: the permutation has more rows than there are", permutation.shape[0], f"at most {num_tokens}"))
-    if indptr.is_cpu and (indptr[0] < 0 or (indptr.diff() < 0).any()):
+    if not indptr.is_cpu or not has_values(indptr):
+        return segments
+    if indptr[0] < 0 or (indptr.diff() < 0).any():
         raise LoraValueError(message("segments: indptr runs backwards", indptr.tolist()[:8], "0 or more, ascending"))
-    if permutation is not None and permutation.is_cpu and permutation.numel():
+    rows = num_tokens if permutation is None else permutation.shape[0]
+    if indptr[-1] > rows:
+        raise LoraValueError(message("segments: indptr runs past the rows", f"an end at {int(indptr[-1])}", f"at most {rows}"))
+    if permutation is not None and permutation.numel():
         low, high = (int(v) for v in permutation.aminmax())
         if low < 0 or high >= num_tokens or permutation.unique().numel() != permutation.numel():
             allowed = f"each of 0 to {num_tokens - 1} at most once"
@@ -103,22 +121,33 @@ def from_sglang(batch_info: Any, num_tokens: int | None = None, batch_invariant:
     if lacking := [name for name in _SGLANG if not hasattr(batch_info, name)]:
         got, allowed = f"{type(batch_info).__name__} without {', '.join(lacking)}", "SGLang's LoRABatchInfo, or an object with its fields"
         raise LoraTypeError(message("from_sglang: not SGLang's metadata", got, allowed))
-    permutation = batch_info.permutation
+    op, permutation, count = "from_sglang", batch_info.permutation, batch_info.num_segments
+    for name in ("seg_indptr", "weight_indices", "lora_ranks", "scalings") + (() if permutation is None else ("permutation",)):
+        _check_vector(op, name, getattr(batch_info, name), name != "scalings")
+    indptr, slots, ranks = batch_info.seg_indptr, batch_info.weight_indices, batch_info.lora_ranks
+    if not _is_count(count) or count > min(indptr.shape[0] - 1, slots.shape[0]):
+        got = f"{count!r:.80}, seg_indptr {list(indptr.shape)}, weight_indices {list(slots.shape)}"
+        raise LoraValueError(message(f"{op}: num_segments does not fit", got, "an int, seg_indptr [more], weight_indices [at least as many]"))
+    if batch_info.scalings.shape != ranks.shape:
+        got = f"lora_ranks {list(ranks.shape)}, scalings {list(batch_info.scalings.shape)}"
+        raise LoraValueError(message(f"{op}: lora_ranks and scalings do not fit", got, "one of each per slot"))
     if num_tokens is None:
-        num_tokens = batch_info.expected_tokens if permutation is None else permutation.shape[0]
+        num_tokens = getattr(batch_info, "expected_tokens", None) if permutation is None else permutation.shape[0]
     if num_tokens is None:
         got = "neither permutation nor expected_tokens"
         raise LoraValueError(message("from_sglang: the number of rows is not known", got, fix="num_tokens=x.shape[0]"))
-    count = batch_info.num_segments
-    ids = segment_ids(batch_info.seg_indptr[: count + 1], batch_info.weight_indices[:count], num_tokens, permutation)
-    ranks, scalings = batch_info.lora_ranks.to(torch.int32), batch_info.scalings.to(torch.float32)
-    return Foreign(BatchMeta(ids, ranks.shape[0], batch_invariant), ranks, scalings)
+    ids = segment_ids(indptr[: count + 1], slots[:count], num_tokens, permutation)
+    meta = BatchMeta(ids, ranks.shape[0], batch_invariant)
+    return Foreign(meta, _checks_batched.narrowed(ranks, torch.int32), batch_info.scalings.to(torch.float32))
 
 
 def sglang_slices(pool_b: Tensor, widths: Sequence[int]) -> list[Tensor]:
     """Views of B `[L, sum N_i, r]`, one per output slice."""
-    if not isinstance(widths, (list, tuple)) or any(not isinstance(n, int) for n in widths) or sum(widths) != pool_b.shape[1]:
-        allowed = f"a list of ints with the sum {pool_b.shape[1]}"
+    _checks.check_tensors("sglang_slices", pool_b=pool_b)
+    if pool_b.dim() != 3:
+        raise LoraValueError(message("sglang_slices: wrong number of dimensions", f"pool_b {list(pool_b.shape)}", "[L, sum of widths, r]"))
+    if not isinstance(widths, (list, tuple)) or not all(_is_count(n, 1) for n in widths) or sum(widths) != pool_b.shape[1]:
+        allowed = f"a list of ints from 1 with the sum {pool_b.shape[1]}"
         raise LoraValueError(message("sglang_slices: widths do not fit pool_b", repr(widths)[:80], allowed))
     return list(pool_b.split(list(widths), 1))
 
@@ -160,13 +189,13 @@ def pool_of_pointers(
     Where Punica keeps the transpose (`[H1, R]` for A in sgmv_cutlass), give rows and columns as stored and use `pool.transpose(1, 2)`.
 
     Raises:
-        LoraValueError: pointers without a common pitch of at least one matrix; a layer past it.
+        LoraValueError: pointers without a common pitch of at least one matrix; a layer past it; matrices outside an owner that is a tensor.
     """
     if not isinstance(pointers, Tensor) or pointers.dtype != torch.int64 or pointers.dim() != 1 or pointers.numel() == 0:
         got = f"{pointers.dtype} {list(pointers.shape)}" if isinstance(pointers, Tensor) else type(pointers).__name__
         raise LoraTypeError(message("pool_of_pointers: these are no pointers", got, "int64 [segments >= 1]"))
-    if not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) for n in (rows, columns, layer)):
-        got = f"rows {rows!r}, columns {columns!r}, dtype {dtype!r}, layer {layer!r}"
+    if not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, columns, layer, most)):
+        got = f"rows {rows!r:.40}, columns {columns!r:.40}, dtype {dtype!r:.40}, layer {layer!r:.40}, most {most!r:.40}"
         raise LoraTypeError(message("pool_of_pointers: no shape and dtype", got, "ints and a torch.dtype"))
     addresses = pointers.tolist()
     size = dtype.itemsize
@@ -175,14 +204,22 @@ def pool_of_pointers(
         raise LoraValueError(message("pool_of_pointers: a pointer to nothing", first, "addresses of matrices"))
     pitch = math.gcd(*(address - first for address in addresses)) or matrix
     slots = [(address - first) // pitch for address in addresses]
-    if layer < 0 or rows < 1 or columns < 1 or (len(set(addresses)) > 1 and (layer + 1) * matrix > pitch >= matrix):
-        got, allowed = f"layer {layer} of [{rows}, {columns}] at a pitch of {pitch} bytes", "rows and columns from 1, a layer inside the pitch"
+    fits = layer >= 0 and all(1 <= n < 2**31 for n in (rows, columns))
+    if not fits or (len(set(addresses)) > 1 and (layer + 1) * matrix > pitch >= matrix):
+        got = f"layer {layer} of [{rows}, {columns}] at a pitch of {pitch} bytes"
+        allowed = "rows and columns from 1 to 2**31 - 1, a layer inside the pitch"
         raise LoraValueError(message("pool_of_pointers: no such layer", got, allowed))
     if pitch < matrix or pitch % size or max(slots) >= most:
         fix = "allocate the adapters in one [adapters, layers, rows, columns] tensor and use its slice for the layer as the pool"
         got = f"pitch {pitch} bytes for matrices of {matrix}, {max(slots) + 1} places"
         raise LoraValueError(message("pool_of_pointers: the matrices lie at no common pitch", got, f"pitch >= {matrix}, at most {most} places", fix))
-    raw = _bytes_at(first + layer * matrix, max(slots) * pitch + matrix, pointers.device, owner).view(dtype)
+    start, nbytes = first + layer * matrix, max(slots) * pitch + matrix
+    memory = owner.untyped_storage() if isinstance(owner, Tensor) else None
+    low, high = (0, 2**63 - 1) if memory is None else (memory.data_ptr(), memory.data_ptr() + memory.nbytes())
+    if first < low or start + nbytes > high:
+        got, allowed = f"{nbytes} bytes at {start}", f"addresses from {low} to {high}"
+        raise LoraValueError(message("pool_of_pointers: the matrices lie outside their owner's memory", got, allowed))
+    raw = _bytes_at(start, nbytes, pointers.device, owner).view(dtype)
     pool = raw.as_strided((max(slots) + 1, rows, columns), (pitch // size, columns, 1))
     return Pointers(pool, torch.tensor(slots, dtype=torch.int32, device=pointers.device))
 

@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from adapters import random_tensors, tiny_llama, write_adapter
+from adapters import peft_model, random_tensors, save_peft, tiny_llama, write_adapter
+from batched_cases import Quantised
 from torch import nn
 
 from lora_kernels import LoraKernelsError, LoraTypeError, LoraValueError
@@ -64,6 +65,98 @@ def test_layers_that_are_not_called_are_not_served(tmp_path):
         pool.load("a", tmp_path)
     with pytest.raises(LoraValueError, match="none of nn.TransformerEncoderLayer"):
         AdapterPool(encoder, 2, 4, target_modules=["linear1"])
+
+
+class Twice(nn.Module):
+    """One layer at two places: as such, or as part of a block."""
+
+    def __init__(self, block: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(8, 8)) if block else nn.Linear(8, 8)
+        self.second, self.last = self.first, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()))
+
+
+def test_layers_that_are_registered_twice_are_not_served(tmp_path):
+    """PEFT puts its own in the first place alone."""
+    write_adapter(tmp_path, random_tensors(Twice(block=False), ("first", "last"), 4, 1), target_modules=["first", "last"])
+    with AdapterPool(Twice(block=False), 2, 4) as pool, pytest.raises(LoraValueError, match="modules that the pool does not serve; got first"):
+        pool.load("a", tmp_path)
+    for name in ("first", "second"):
+        with pytest.raises(LoraValueError, match="no linear layer of this name; .* none that is registered twice"):
+            AdapterPool(Twice(block=False), 2, 4, target_modules=["last", name])
+
+
+def test_blocks_that_are_registered_twice_are_served_as_by_peft(tmp_path):
+    pytest.importorskip("peft")
+    x, model = torch.randn(2, 8), Twice(block=True)
+    save_peft(model, tmp_path, r=4, target_modules=["0", "last"])
+    with torch.no_grad(), AdapterPool(model, 2, 4) as pool:
+        pool.load("a", tmp_path)
+        with pool.batch(["a", "a"]):
+            torch.testing.assert_close(model(x), peft_model(Twice(block=True), tmp_path)(x))
+
+
+def test_gpt2s_layers_are_named_as_the_reason():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict({"c_attn": Conv1D(8, 8)})
+    for names in (None, ["c_attn"]):
+        with pytest.raises(LoraValueError, match=r"none of transformers' Conv1D \(GPT-2\), which .* is not served$"):
+            AdapterPool(model, 2, 4, target_modules=names)
+
+
+def test_a_model_without_values_is_refused(base):
+    with pytest.raises(LoraValueError, match=r"weight has no values; got model.layers.0.self_attn.q_proj on meta"):
+        AdapterPool(base.to("meta"), 2, 4)
+
+
+def test_quantised_weights_are_served_beside_their_own_product_alone(base, folder):
+    layer = base.model.layers[0].self_attn.q_proj
+    plain = AdapterPool(base, 2, 4)
+    plain.load("a", folder)
+    with plain.batch(["a", None]):
+        expected = base(IDS).logits
+    plain.close()
+    layer.weight = nn.Parameter(Quantised(layer.weight.detach()), requires_grad=False)
+    with pytest.raises(LoraTypeError, match=r"fused op cannot read; got model.layers.0.self_attn.q_proj, a Quantised.*fix: exact_base=True"):
+        AdapterPool(base, 2, 4, exact_base=False)
+    with AdapterPool(base, 2, 4) as pool:
+        pool.load("a", folder)
+        with pool.batch(["a", None]):
+            assert torch.equal(base(IDS).logits, expected)
+
+
+@pytest.fixture
+def mesh():
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_layers_that_are_split_over_ranks_are_refused(base, mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    parallelize_module(base.model.layers[1], mesh, {"mlp.up_proj": ColwiseParallel()})
+    with pytest.raises(LoraTypeError, match=r"split over ranks; got model.layers.1.mlp.up_proj, a DTensor.*lora_shrink and lora_expand"):
+        AdapterPool(base, 2, 4)
+
+
+def test_layers_that_fsdp2_gathers_are_served(base, folder, mesh):
+    with AdapterPool(base, 2, 4) as pool:
+        pool.load("a", folder)
+        with pool.batch(["a", None]):
+            expected = base(IDS).logits
+    for layer in base.model.layers:
+        torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+    with AdapterPool(base, 2, 4) as pool:
+        pool.load("a", folder)
+        with pool.batch(["a", None]):
+            assert torch.equal(base(IDS).logits, expected)
 
 
 def test_folders_that_are_none(base, folder, monkeypatch):

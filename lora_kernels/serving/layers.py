@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
+from ..native.signature import has_values
 from ..ops.lora_batched import lora_batched_linear
 from ..ops.lora_expand import lora_expand
 from ..ops.lora_shrink import lora_shrink
@@ -157,8 +159,8 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
     if not isinstance(model, nn.Module):
         raise LoraTypeError(message("AdapterPool: model is no module", type(model).__name__, "a torch.nn.Module with linear layers"))
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: the same layers under their own names
-    bypassed = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer) for part in ("linear1", "linear2")}
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in m.__dict__ and name not in bypassed}
+    left_out = _left_out(model)
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in m.__dict__ and name not in left_out}
     if any(name.endswith(".base_layer") for name in linears):
         got, fix = f"{type(model).__name__} with PEFT's LoRA layers", "AdapterPool(peft_model.unload(), ...), then load the adapters' folders"
         raise LoraValueError(message("AdapterPool: the model has adapters already", got, "the base model", fix))
@@ -172,15 +174,17 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
         matches = {t: [n for n in linears if n == t or n.endswith("." + t)] for t in wanted}
         if missing := [t for t, names in matches.items() if not names]:
             kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears})) or "no plain torch.nn.Linear at all"
-            if any(n == t or n.endswith("." + t) for t in missing for n in bypassed):
-                kinds += "; none of nn.TransformerEncoderLayer, which may compute without calling its linear layers"
-            raise LoraValueError(message("AdapterPool: the model has no linear layer of this name", ", ".join(map(repr, missing)), kinds))
+            allowed = "; ".join([kinds, *dict.fromkeys(why for n, why in left_out.items() if any(n == t or n.endswith("." + t) for t in missing))])
+            raise LoraValueError(message("AdapterPool: the model has no linear layer of this name", ", ".join(map(repr, missing)), allowed))
         chosen = {n for names in matches.values() for n in names}
         found = {n: m for n, m in linears.items() if n in chosen}
     if not found:
-        pooled = any(type(m) is PooledLinear for m in model.modules())
-        fix = "close() the pool that the model has" if pooled else "name layers of type torch.nn.Linear in target_modules"
-        raise LoraValueError(message("AdapterPool: no linear layers to serve", type(model).__name__, "plain torch.nn.Linear layers", fix))
+        allowed, fix = "; ".join(["plain torch.nn.Linear layers", *dict.fromkeys(left_out.values())]), None
+        if any(type(m) is PooledLinear for m in model.modules()):
+            fix = "close() the pool that the model has"
+        elif not left_out:
+            fix = "name layers of type torch.nn.Linear in target_modules"
+        raise LoraValueError(message("AdapterPool: no linear layers to serve", type(model).__name__, allowed, fix))
     return found
 
 
@@ -202,6 +206,41 @@ def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         elif time_first and name.startswith(time_first):
             found[name] = "in a decoder layer made with batch_first=False"
     return found
+
+
+def _left_out(model: nn.Module) -> dict[str, str]:
+    """Layers that are not served though adapters may name them, by all their names, and why."""
+    names: dict[nn.Module, list[str]] = {}  # one for a layer of a block that is registered twice: PEFT, too, adapts it in both places
+    for prefix, parent in model.named_modules():
+        for part, m in parent._modules.items():
+            names.setdefault(m, []).append(f"{prefix}.{part}" if prefix else part)
+    found = {}
+    for m, known in names.items():
+        if isinstance(m, nn.TransformerEncoderLayer):
+            why = "none of nn.TransformerEncoderLayer, which may compute without calling its linear layers"
+            found |= {f"{name}.{part}": why for name in known for part in ("linear1", "linear2")}
+        elif type(m).__name__ == "Conv1D":
+            found |= dict.fromkeys(known, "none of transformers' Conv1D (GPT-2), which is no torch.nn.Linear and is not served")
+        elif isinstance(m, nn.Linear) and len(known) > 1:
+            found |= dict.fromkeys(known, "none that is registered twice, of which PEFT adapts the first place alone")
+    return found
+
+
+def check_weights(model: nn.Module, found: dict[str, nn.Linear], exact_base: bool) -> None:
+    """Raise where a weight has no values, or is of a tensor class whose products the ops cannot add to, or, without exact_base, not make."""
+    gathered = {m for f in model.modules() if hasattr(f, "unshard") for m in f.modules()}  # by FSDP2: plain tensors while the layer runs
+    for name, layer in found.items():
+        weight = layer.weight
+        if not has_values(weight):
+            raise LoraValueError(message("AdapterPool: a layer's weight has no values", f"{name} on {weight.device}", "a model that is loaded"))
+        if not is_traceable_wrapper_subclass(weight) or layer in gathered:
+            continue
+        if hasattr(weight, "to_local"):  # a DTensor
+            fix = "lora_shrink and lora_expand on each rank's part of the layer"
+            raise LoraTypeError(message("AdapterPool: a layer that is split over ranks", f"{name}, a {type(weight).__name__}", "whole layers", fix))
+        if not exact_base:
+            what, got = "AdapterPool: a weight that the fused op cannot read", f"{name}, a {type(weight).__name__}"
+            raise LoraTypeError(message(what, got, "plain torch.Tensor weights", "exact_base=True"))
 
 
 def group_siblings(found: dict[str, nn.Linear]) -> list[list[str]]:

@@ -58,7 +58,7 @@ class AdapterPool:
             max_rank cost no time.
         dtype: of the adapters in memory; the layer's own when None. float32 is allowed on any model.
         target_modules: names, or ends of names, of the layers to serve; every plain `nn.Linear` but the output embedding when None. Those of
-            `nn.TransformerEncoderLayer` are not served: it may compute without calling them.
+            `nn.TransformerEncoderLayer` are not served: it may compute without calling them. Nor is a layer that is registered twice.
         exact_base: True: the base layer is `F.linear`, and the update is added (`lora_shrink`, `lora_expand`), so rows without an adapter
             have the base model's bits. False: one fused op (`lora_batched_linear`), which rounds its base product in its own order; only
             then does LORA_KERNELS_BATCH_INVARIANT=1 hold for whole layers.
@@ -82,6 +82,7 @@ class AdapterPool:
         _check_count("max_rank", max_rank, MAX_RANK)
         _checks.check_flags("AdapterPool", exact_base=exact_base)
         found = layers.find(model, target_modules)
+        layers.check_weights(model, found, exact_base)
         for name, layer in found.items():
             own = layer.weight.dtype
             if own not in _DTYPES or dtype not in (None, own, torch.float32):

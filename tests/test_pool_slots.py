@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,25 @@ def test_load_waits_for_a_slot_only_so_long(base, pool, folders):
         assert "n4" not in pool
         assert len(pool) == 3
     pool.load("n4", folders[4], timeout=0.01)
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, "1", None, True], ids=str)
+def test_timeouts_that_are_none(pool, folders, timeout):
+    with pytest.raises(LoraValueError, match="adapter 'a' was not loaded: timeout is no time to wait"):
+        pool.load("a", folders[0], timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12, 10**400], ids=["inf", "1e12", "10**400"])
+def test_load_waits_as_long_as_it_takes(base, folders, timeout):
+    with AdapterPool(base, max_loras=1, max_rank=4) as pool, ThreadPoolExecutor(1) as others:
+        pool.load("a", folders[0])
+        with pool.batch(["a"]):
+            pool.load("b", folders[1])  # the spare slot
+            with pool.batch(["b"]):
+                loading = others.submit(pool.load, "c", folders[2], timeout)
+                with pytest.raises(TimeoutError):
+                    loading.result(0.2)
+        assert loading.result(60).name == "c"
 
 
 def test_failed_load_evicts_nothing_and_frees_its_slot(base, pool, folders, tmp_path):

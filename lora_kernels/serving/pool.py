@@ -130,7 +130,7 @@ class AdapterPool:
         adapter_model.safetensors are opened, never a pickle file.
 
         Args:
-            timeout: seconds to wait for a free slot, where running batches and other loads hold all of them.
+            timeout: seconds to wait for a free slot, where running batches and other loads hold all of them; inf: as long as it takes.
 
         Raises:
             LoraValueError: with the reason: nothing there, a damaged file, values that are not finite, a rank above max_rank, layers that

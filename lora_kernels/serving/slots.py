@@ -46,8 +46,10 @@ class Slots:
     @contextmanager
     def writing(self, timeout: float) -> Iterator[int]:
         """A free slot to write into. It is free again when the block ends, unless `publish` was called for it."""
+        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout >= 0:  # also NaN
+            raise LoraValueError(message("timeout is no time to wait", repr(timeout)[:80], "seconds from 0, float('inf') for as long as it takes"))
         with self._changed:
-            if not self._changed.wait_for(lambda: self._free, timeout):
+            if not self._changed.wait_for(lambda: self._free, min(timeout, threading.TIMEOUT_MAX)):
                 got = f"{self._in_use()} adapters in running batches, others being loaded"
                 fix = "end the batches, or load with a longer timeout"
                 raise LoraKernelsError(message(f"no slot became free within {timeout:g} s", got, f"max_loras {self.max_loras}", fix))

@@ -11,12 +11,34 @@ import torch
 from adapters import one_thread, random_tensors, tiny_llama, write_adapter
 
 from lora_kernels import LoraKernelsError
-from lora_kernels.serving import AdapterPool
+from lora_kernels.serving import AdapterPool, layers
+from lora_kernels.serving import pool as pool_module
 
 __all__ = ["one_thread"]
 NAMES, VERSIONS, ROWS, LOADERS, SERVERS = 6, 3, 4, 8, 2
 IDS = torch.randint(2, 128, (1, 5), generator=torch.Generator().manual_seed(0)).expand(ROWS, -1)
 MODULES = ["q_proj", "v_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_a_close_while_an_adapter_is_loaded(tmp_path, monkeypatch, lora_bias):
+    base = tiny_llama()
+    tensors = random_tensors(base, ("q_proj",), 4, 1)
+    if lora_bias:
+        tensors |= {name.replace("lora_A.weight", "lora_B.bias"): torch.ones(64) for name in tensors if "lora_A" in name}
+    write_adapter(tmp_path, tensors, lora_bias=lora_bias)
+    pool = AdapterPool(base, max_loras=2, max_rank=4)
+    monkeypatch.setattr(pool_module, "Checkpoint", lambda *args, real=pool_module.Checkpoint: pool.close() or real(*args))
+    with pytest.raises(LoraKernelsError, match="adapter 'a' was not loaded: this AdapterPool is closed"):
+        pool.load("a", tmp_path)
+    assert (pool.names, pool.stats()["free_slots"]) == ((), 3)
+
+
+def test_a_close_while_a_layer_is_called():
+    """Python has chosen the pool's forward by then, and finds the layer put back."""
+    layer, x = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.randn(3, 8)
+    AdapterPool(layer, max_loras=2, max_rank=4).close()
+    assert torch.equal(layers.PooledLinear.forward(layer[0], x), layer(x))
 
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)], ids=["4s", "60s"])

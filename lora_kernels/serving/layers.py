@@ -92,7 +92,10 @@ class PooledLinear(nn.Linear):
     _lora_target: Target
 
     def forward(self, x: Tensor) -> Tensor:
-        target = self._lora_target
+        try:
+            target = self._lora_target
+        except AttributeError:  # the pool was closed after this call had begun
+            return F.linear(x, self.weight, self.bias)
         batch = target.current.batch
         if batch is TASKS:
             batch = target.current.of_task()

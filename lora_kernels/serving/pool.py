@@ -141,11 +141,13 @@ class AdapterPool:
         if not isinstance(name, str) or not name:
             raise LoraValueError(message("an adapter's name is no name", repr(name)[:80], "a string that is not empty"))
         try:
+            shapes, shards = self._shapes, self._shards  # before the question: a close from now on takes them from the pool alone
             self._check_open()
-            with Checkpoint(folder, self._shapes, self.max_rank) as checkpoint, self._slots.writing(timeout) as slot:
-                adapter = self._write(name, checkpoint, slot)
-                self._check_open()
-                self._slots.publish(adapter)
+            with Checkpoint(folder, shapes, self.max_rank) as checkpoint, self._slots.writing(timeout) as slot:
+                adapter = self._write(name, checkpoint, slot, shards)
+                with self._lock:  # a close comes before, or forgets the adapter with the others
+                    self._check_open()
+                    self._slots.publish(adapter)
         except LoraKernelsError as error:
             with self._lock:
                 self._refused += 1
@@ -240,12 +242,12 @@ class AdapterPool:
             raise LoraKernelsError(message("this AdapterPool is closed", fix="make a new one"))
 
     @torch.no_grad()
-    def _write(self, name: str, checkpoint: Checkpoint, slot: int) -> Adapter:
+    def _write(self, name: str, checkpoint: Checkpoint, slot: int, shards: Sequence[Shard]) -> Adapter:
         """Fill `slot`, which nobody reads yet."""
         if checkpoint.config.lora_bias:
             self._allocate_biases()
         events, size = list(self._last_use.pop(slot, {}).values()), 0
-        for shard in self._shards:
+        for shard in shards:
             with Staging(shard.device, events) as staging:
                 for target in shard.targets:
                     size += _copy(staging, checkpoint, checkpoint.pairs.get(target.name), target, slot)
@@ -253,11 +255,12 @@ class AdapterPool:
                 scalings = [p.scaling / _folded(p, t) if p else 0.0 for p, t in pairs]
                 shard.ranks[:, slot].copy_(torch.tensor([p.rank if p else 0 for p, _ in pairs], dtype=torch.int32, device="cpu"))
                 shard.scalings[:, slot].copy_(torch.tensor(scalings, dtype=torch.float32, device="cpu"))
-        modules = frozenset(self._targets[m].index for m in checkpoint.pairs)
+        modules = frozenset(t.index for shard in shards for t in shard.targets if t.name in checkpoint.pairs)
         return Adapter(name, slot, modules, checkpoint.config.lora_bias, max(p.rank for p in checkpoint.pairs.values()), size)
 
     def _allocate_biases(self) -> None:
         with self._lock:
+            self._check_open()
             for group in self._groups():
                 if group.biases is None:
                     layers.allocate_biases(group, self._num_slots)

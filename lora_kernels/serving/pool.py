@@ -63,7 +63,7 @@ class AdapterPool:
             have the base model's bits. False: one fused op (`lora_batched_linear`), which rounds its base product in its own order; only
             then does LORA_KERNELS_BATCH_INVARIANT=1 hold for whole layers.
 
-    Threads: every method may be called from any thread, also while others run batches, and each thread may run batches of its own. A batch
+    Threads: every method may be called from any thread, also while others run batches, and each thread and asyncio task may run its own. A batch
     sees an adapter as it was when the batch began, wholly, whatever is loaded, replaced or evicted meanwhile.
 
     Raises: LoraValueError, LoraTypeError for arguments that do not fit the model.
@@ -196,9 +196,10 @@ class AdapterPool:
     def batch(self, names: Sequence[str | None]) -> Batch:
         """A context in which sequence i of the model's input uses adapter names[i], or none.
 
-        It holds for the thread that entered it: a thread that is started inside (as for a streamed `generate`) enters a batch of its own.
-        The input's leading dimension is the number of names or, with beams, a multiple of it. Works with `generate` (KV cache, padding,
-        beams), `torch.compile` and, through `Batch.update_`, CUDA graphs. Entering raises LoraValueError for names that are not loaded.
+        It holds for the thread or asyncio task that entered it: a thread that is started inside (as for a streamed `generate`) enters a batch
+        of its own. The input's leading dimension is the number of names or, with beams, a multiple of it. Works with `generate` (KV cache,
+        padding, beams), `torch.compile` and, through `Batch.update_`, CUDA graphs. Entering raises LoraValueError for names that are not
+        loaded, a forward for layers whose rows do not lie as the model's input does (batches of several adapters alone).
         """
         self._check_open()
         return Batch(self, names, per_token=False)

@@ -121,12 +121,12 @@ def test_h_has_no_launch_where_programs_are_spare() -> None:
     assert kernels(dropout=True) == alone | {"keep_kernel", "masked_shrink_kernel"}
 
 
-@pytest.mark.parametrize("Ns", [(4096,), (14336,), (4096, 1024, 1024), (1024,)], ids=lambda Ns: "+".join(map(str, Ns)))
-@pytest.mark.parametrize("M", [1, 16, 32, 64, 128])
+@pytest.mark.parametrize("Ns", [(4096,), (14336,), (4096, 1024, 1024)], ids=lambda Ns: "+".join(map(str, Ns)))
+@pytest.mark.parametrize("M", [16, 64, 128])
 def test_decode_is_one_wave_that_keeps_memory_busy(M, Ns):
-    """H200: all programs resident at once, and at least 24 KiB of W on its way per SM (4.3 TB/s at 0.8 us take 26), 64 KiB up to 64 rows."""
+    """H200: all programs resident at once, and at least 32 KiB of W on its way per SM (4.3 TB/s at 0.8 us take 26), 64 KiB up to 64 rows."""
     ((launcher, args),) = offline.record(90, Call("forward", M, Ns, bare=True, arch=90).call)
     constants, options, programs = launcher.constants, launcher.warps_stages, launcher.grid[0] * launcher.grid[1]
     assert programs <= 132 * offline.resident(offline.compile_launch(launcher, args, 90), options["num_warps"])
     on_the_way = (options["num_stages"] - 1) * constants["BN"] * constants["BK"] * 2 * programs / 132
-    assert on_the_way >= (24 if M > 64 or Ns == (1024,) else 64) * 1024
+    assert on_the_way >= (32 if M > 64 else 64) * 1024

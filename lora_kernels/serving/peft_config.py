@@ -110,8 +110,10 @@ def _refuse(raw: dict) -> None:
 
 
 def _selection(raw: dict, trials: Trials) -> Selection:
-    """As PEFT reads it, but for target_modules null, which PEFT fills in by the kind of model from a table of its own version."""
+    """As PEFT reads it. Where target_modules is null, which PEFT fills in by the kind of model when it trains, the file alone tells."""
     targets, layers, parents = (raw.get(key) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
+    if targets is None:
+        targets = "all-linear"
     if not targets:
         allowed = 'a list of names, a pattern, or "all-linear"'
         raise bad("target_modules names no modules", short(targets), allowed, "write the names of the adapted modules there")

@@ -1,4 +1,4 @@
-"""What `lora_linear` makes of operands and options at the edge: fp16's range, forward-mode derivatives, options that are none."""
+"""What `lora_linear` makes of operands and options at the edge: fp16's range, torch.func, operands without memory, options that are none."""
 
 from __future__ import annotations
 
@@ -37,6 +37,48 @@ def test_forward_mode_is_refused(which) -> None:
         operands[which] = forward_ad.make_dual(operands[which], operands[which])
         with pytest.raises(LoraKernelsError, match="no forward-mode derivatives"):
             lk.lora_linear(*operands)
+
+
+_x, _w, _a, _b = (torch.ones(s) for s in ((2, 8), (6, 8), (3, 8), (6, 3)))
+CALLS = {
+    "lora_linear": lambda a: lk.lora_linear(_x, _w, None, a, _b).square().sum(),
+    "lora_batched_linear": lambda a: lk.lora_batched_linear(_x, _w, None, a[None], _b[None], torch.zeros(2, dtype=torch.int32)).square().sum(),
+}
+
+
+def _dual(call, a):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(a, a))).tangent
+
+
+TRANSFORMS = {
+    "grad": lambda call, a: torch.func.grad(call)(a),
+    "vjp": lambda call, a: torch.func.vjp(call, a)[1](torch.ones(()))[0],
+    "jvp": lambda call, a: torch.func.jvp(call, (a,), (a,))[1],
+    "vmap": lambda call, a: torch.func.vmap(call)(torch.stack([a, a])),
+    "hessian": lambda call, a: torch.func.hessian(call)(a),
+    "forward mode": _dual,
+}
+
+
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "graph breaks"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", CALLS)
+def test_transforms_are_refused_under_compile_too(op, transform, fullgraph) -> None:
+    """Dynamo traces the op as if it had no derivative, which then is zero."""
+    torch.compiler.reset()
+    with pytest.raises((LoraKernelsError, torch._dynamo.exc.Unsupported), match="no torch.func transforms|no forward-mode|LoraKernelsError"):
+        torch.compile(lambda a: TRANSFORMS[transform](CALLS[op], a), backend="eager", fullgraph=fullgraph)(_a)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_dual_numbers_given_to_a_compiled_call(op) -> None:
+    torch.compiler.reset()
+    call = torch.compile(CALLS[op], backend="eager", fullgraph=True)
+    expected = call(_a)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="LoraKernelsError"):
+        _dual(call, _a)
+    assert torch.equal(call(_a), expected)
 
 
 OPTIONS = {

@@ -92,10 +92,13 @@ def exporting() -> bool:
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
-    """Raise under a torch.func transform, and for tensors that carry a forward-mode derivative: the kernels know of neither."""
-    if torch.compiler.is_compiling():
-        return
+    """Raise under a torch.func transform, and for tensors that carry a forward-mode derivative: the kernels know of neither.
+
+    Also while torch.compile traces, whose stand-ins for tensors show no derivative: there the level alone decides.
+    """
     if torch._C._are_functorch_transforms_active():
         raise LoraKernelsError(message(f"{op}: no torch.func transforms (grad, vmap, jvp)", allowed="torch.autograd", fix=PLAIN))
-    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if forward_ad._current_level < 0:
+        return
+    if torch.compiler.is_compiling() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise LoraKernelsError(message(f"{op}: no forward-mode derivatives", allowed="backward", fix=PLAIN))

@@ -12,6 +12,7 @@ using lk::dlpack::Tensor;
 
 const Exchange* exchange = nullptr;
 PyTypeObject *plain = nullptr, *parameter = nullptr;
+PyObject* storage_offset = nullptr;
 
 // use_exchange(capsule, Tensor, Parameter) -> bool: whether `signature` can be used with this tensor library.
 PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -22,10 +23,28 @@ PyObject* use_exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
   if (found == nullptr) return nullptr;
   if (found->version.major != 1 || found->view == nullptr) Py_RETURN_FALSE;
+  PyObject* method = PyObject_GetAttrString(args[1], "storage_offset");
+  if (method == nullptr) return nullptr;
+  storage_offset = method;
   exchange = found;
   Py_INCREF(args[1]), Py_INCREF(args[2]);  // for good, like the module
   plain = reinterpret_cast<PyTypeObject*>(args[1]), parameter = reinterpret_cast<PyTypeObject*>(args[2]);
   Py_RETURN_TRUE;
+}
+
+// Whether a tensor has elements but no memory: its storage was freed (FSDP1, ZeRO-3), or it never had one (torch's zero and functional tensors).
+// Such a tensor is shown at null, a view of it at its offset from null: only low addresses are worth the 30 ns of asking for that.
+bool lacks_memory(PyObject* object, const Tensor& t) {
+  const uint64_t address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+  if (address >> 36 != 0) return false;
+  for (int d = 0; d < t.ndim; d++)
+    if (t.shape[d] == 0) return false;
+  if (address == 0) return true;
+  PyObject* offset = PyObject_CallOneArg(storage_offset, object);
+  const uint64_t elements = offset ? PyLong_AsUnsignedLongLong(offset) : 0;
+  Py_XDECREF(offset);
+  PyErr_Clear();
+  return elements * t.dtype.bits / 8 == address;
 }
 
 // Words that become one hashable object.
@@ -41,7 +60,7 @@ struct Words {
 };
 
 // Shapes, strides, dtypes and devices of tensors or None, and whether all addresses are multiples of 16. False, without an error set, where one
-// is not exactly a Tensor or Parameter, or has no memory that can be shown (meta).
+// is not exactly a Tensor or Parameter, or has no memory (meta, freed).
 bool add_signature(Words& words, PyObject* const* args, Py_ssize_t count) {
   uint64_t addresses = 0;
   for (Py_ssize_t i = 0; i < count; i++) {
@@ -56,7 +75,7 @@ bool add_signature(Words& words, PyObject* const* args, Py_ssize_t count) {
       PyErr_Clear();
       return false;
     }
-    if (!words.room(3 + 2 * t.ndim)) return false;
+    if (!words.room(3 + 2 * t.ndim) || lacks_memory(args[i], t)) return false;
     addresses |= reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
     words.add(t.device.type, t.device.index);
     words.add((t.dtype.code << 8) | t.dtype.bits, t.ndim);
@@ -187,6 +206,10 @@ Operand::Operand(pybind11::handle object) : Tensor{} {
   if (object.is_none()) return;
   if (exchange == nullptr) throw std::runtime_error("lora_kernels._C: use_exchange was not called");
   if (exchange->view(object.ptr(), this) != 0) throw pybind11::error_already_set();
+  if (!lacks_memory(object.ptr(), *this)) return;
+  const pybind11::object error = pybind11::module_::import("lora_kernels._errors").attr("LoraValueError");
+  PyErr_SetString(error.ptr(), "an operand has no memory: its storage was freed; fix: gather it (FSDP, ZeRO-3) before the call");
+  throw pybind11::error_already_set();
 }
 
 Dtype Operand::type() const {

@@ -81,6 +81,67 @@ def test_dual_numbers_given_to_a_compiled_call(op) -> None:
     assert torch.equal(call(_a), expected)
 
 
+# ------------------------------------------------------------------------------------------------- operands that are not there
+
+
+def _freed(t: torch.Tensor, size: int = 0) -> torch.Tensor:
+    t.untyped_storage().resize_(size)
+    return t
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first call", "known call"])
+@pytest.mark.parametrize("which", ["x", "weight", "bias", "lora_a", "lora_b", "seed"])
+def test_freed_operands(which, known) -> None:
+    """As FSDP1 leaves them outside the root's forward; a view of freed memory lies at its offset from null."""
+    shapes = dict(x=(2, 12), weight=(6, 12), bias=(6,), lora_a=(3, 12), lora_b=(6, 3))
+    operands = {name: torch.randn(shape) for name, shape in shapes.items()} | dict(dropout_p=0.25 if which == "seed" else 0.0)
+    if which == "seed":
+        operands["seed"] = torch.tensor([3])
+    like = operands[which]
+    for offset in (0, 16):
+        flat = like.new_zeros(offset + like.numel())
+        operands[which] = flat[offset:].view(like.shape)
+        if known:
+            assert lk.lora_linear(**operands).isfinite().all()
+        with pytest.raises(LoraValueError, match="storage was freed"):
+            _freed(flat), lk.lora_linear(**operands)
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "lora_a", "dy"])
+def test_operands_freed_between_forward_and_backward(which) -> None:
+    shapes = dict(x=(2, 12), weight=(6, 12), bias=(6,), lora_a=(3, 12), lora_b=(6, 3))
+    for free in (False, True):  # the second time all is known
+        operands = {name: torch.randn(shape).requires_grad_(name in ("x", "lora_a", "lora_b")) for name, shape in shapes.items()}
+        y = lk.lora_linear(**operands)
+        operands["dy"] = torch.randn(2, 6)
+        if not free:
+            y.backward(operands["dy"])
+    with pytest.raises(LoraValueError, match="storage was freed"):
+        _freed(operands[which].detach()), y.backward(operands["dy"])
+
+
+@pytest.mark.parametrize("which", range(6), ids=["x", "weight", "bias", "pool_a", "pool_b", "ids"])
+def test_freed_operands_of_many_adapters(which) -> None:
+    operands = [torch.randn(s) for s in ((2, 8), (6, 8), (6,), (1, 3, 8), (1, 6, 3))] + [torch.zeros(2, dtype=torch.int32)]
+    for _ in range(2):
+        lk.lora_batched_linear(*operands)
+    with pytest.raises(LoraValueError, match="storage was freed"):
+        _freed(operands[which]), lk.lora_batched_linear(*operands)
+
+
+def test_shrunk_operands() -> None:
+    """F.linear refuses them as well; a known call is not looked at that closely."""
+    with pytest.raises(LoraValueError, match=r"freed or shrunk; got 64 bytes for the 416 of torch.float32 \[13, 8\]; fix: gather"):
+        lk.lora_linear(torch.randn(2, 8), _freed(torch.randn(13, 8), 64), None, torch.randn(3, 8), torch.randn(13, 3))
+
+
+@pytest.mark.parametrize("make", [torch._efficientzerotensor, lambda s: torch._to_functional_tensor(torch.ones(s))], ids=["zero", "functional"])
+def test_operands_that_never_had_memory(make) -> None:
+    y = lk.lora_linear(make((2, 8)), _w, None, _a, _b)
+    expected = 0.0 if make is torch._efficientzerotensor else 8.0 + 3 * 8.0
+    assert torch.equal(torch._from_functional_tensor(y) if torch._is_functional_tensor(y) else y, torch.full((2, 6), expected))
+
+
 OPTIONS = {
     "dropout_p": (dict(dropout_p=[0.1]), LoraValueError, "dropout_p is no probability"),
     "backend": (dict(backend=["cpu"]), LoraValueError, "unknown backend"),

@@ -56,7 +56,7 @@ def test_weights_that_hooks_gather(owners, fused, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
-@pytest.mark.parametrize("shape", [(0,), (60,)], ids=["freed", "flat"])
+@pytest.mark.parametrize("shape", [(0,), (60,)], ids=["no shape", "flat"])
 def test_weights_that_nobody_gathered(part, shape):
     """The report names them, a call runs PEFT's forward (whose own error is what PEFT users know), and strict says why."""
     model = adapted("mlp", False)
@@ -74,3 +74,19 @@ def test_weights_that_nobody_gathered(part, shape):
     owner.weight.data = torch.zeros(shape)
     with pytest.raises(lk.BackendError, match=f"{part}'s weight is not gathered"):
         model(**batch("mlp"))
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+def test_weights_that_kept_their_shape_but_not_their_memory(part):
+    """Views into FSDP1's flat parameter, outside the root's forward."""
+    model = adapted("mlp", True)
+    owner = model.base_model.model.lin0.get_submodule(part if part == "base_layer" else f"{part}.default")
+    for _ in range(3):
+        model(**batch("mlp"))
+    flat = torch.cat([torch.zeros(7), owner.weight.data.flatten()])
+    owner.weight.data = flat[7:].view_as(owner.weight)
+    model(**batch("mlp"))
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="setStorage"):  # F.linear's own
+        model(**batch("mlp"))
+    assert lk.patch(model).skipped == {"base_model.model.lin0": f"{part}'s weight is not gathered, its storage is empty"}

@@ -61,6 +61,16 @@ def test_no_signature_of_what_is_no_plain_tensor(signature) -> None:
     assert signature(tensor(2), tensor(2).to_sparse()) is None
 
 
+def test_no_signature_of_what_has_no_memory(signature) -> None:
+    """A view of freed memory is shown at its offset; where there are no elements, none are needed."""
+    freed = tensor(100_000)
+    views = freed[:4], freed[8:].view(-1, 8), freed[99_999:]
+    assert all(signature(view) is not None for view in views)
+    freed.untyped_storage().resize_(0)
+    assert all(signature(tensor(2), view) is None for view in views)
+    assert signature(freed[8:8], tensor(0, 4)) is not None
+
+
 def test_more_dimensions_than_fit_have_no_signature() -> None:
     if native.signature is native._from_attributes:
         pytest.skip("the native module is not built")

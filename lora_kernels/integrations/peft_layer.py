@@ -186,9 +186,12 @@ def plain_operands(layer: Linear) -> str | Operands:
     (weight, bias), (lora_a, bias_a), (lora_b, lora_bias) = _tensors(base), _tensors(a), _tensors(b)
     if bias_a is not None:
         return "lora_A has a bias"
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # such stand-ins for tensors have no storage
     for role, tensor in (("base_layer", weight), ("lora_A", lora_a), ("lora_B", lora_b)):
         if len(tensor.shape) != 2 or 0 in tensor.shape:  # freed or flattened by ZeRO-3 or FSDP1 until the module that owns it is called
             return f"{role}'s weight is not gathered, its shape is {list(tensor.shape)}"
+        if not traced and tensor.untyped_storage().nbytes() == 0:
+            return f"{role}'s weight is not gathered, its storage is empty"
     if _weight_trained(weight, dropout_p):
         return "base weight requires grad"
     return Operands(weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p)

@@ -25,7 +25,7 @@ _PLAIN = (Tensor, Parameter)
 
 
 def _from_attributes(*tensors: Tensor | None) -> tuple | None:
-    """Shapes, strides, dtypes, devices, and whether all addresses are multiples of 16; None where a tensor is not plain."""
+    """Shapes, strides, dtypes, devices, and whether all addresses are multiples of 16; None where a tensor is not plain or has no memory."""
     found: list = []
     addresses = 0
     for t in tensors:
@@ -35,10 +35,13 @@ def _from_attributes(*tensors: Tensor | None) -> tuple | None:
             return None
         else:
             try:
+                address = t.data_ptr()
+                if address < 1 << 36 and t.numel() and not t.untyped_storage().nbytes():  # freed: null, or a view's offset from it
+                    return None
                 found += (t.shape, t.stride(), t.dtype, t.device)
-                addresses |= t.data_ptr()
             except RuntimeError:  # sparse: no strides, no address
                 return None
+            addresses |= address
     return (*found, addresses & 15)
 
 

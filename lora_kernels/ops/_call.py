@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from .._errors import LoraKernelsError, message
+from .._errors import LoraKernelsError, LoraValueError, message
 from . import _registry
 
 MAX_SIGNATURES = 4096
@@ -89,6 +89,18 @@ def exporting() -> bool:
     """Whether torch.export traces this call. `torch.compiler.is_exporting` says so of every torch.compile in torch 2.11."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
+
+
+def check_memory(op: str, *tensors: object) -> None:
+    """Raise where a tensor of its own is larger than its storage: freed (FSDP1, ZeRO-3) or shrunk. Kernels would read past the end."""
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.numel() == 0 or t._is_zerotensor() or torch._is_functional_tensor(t):
+            continue
+        last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        needed, there = (last + 1) * t.element_size(), t.untyped_storage().nbytes()
+        if there < needed:
+            got = f"{there} bytes for the {needed} of {t.dtype} {list(t.shape)}"
+            raise LoraValueError(message(f"{op}: a tensor's storage was freed or shrunk", got, fix="gather it (FSDP, ZeRO-3) before the call"))
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:

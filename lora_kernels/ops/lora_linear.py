@@ -13,7 +13,19 @@ from .. import _checks, reference
 from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import unobserved_signature
 from . import _registry
-from ._call import PLAIN, any_autocast, dense, draw_seed, exporting, in_autocast_dtype, keep, outside_autocast, refuse_transforms, run_op
+from ._call import (
+    PLAIN,
+    any_autocast,
+    check_memory,
+    dense,
+    draw_seed,
+    exporting,
+    in_autocast_dtype,
+    keep,
+    outside_autocast,
+    refuse_transforms,
+    run_op,
+)
 
 _FWD = "lora_linear_fwd"
 _BWD = "lora_linear_bwd"
@@ -79,6 +91,7 @@ def _remember(
 
     The operands `wide` (x, or dy and x) have any number of dimensions and are taken as they are; first result likewise.
     """
+    check_memory("lora_linear", *wide, *narrow)
     args, device_type = (*map(_dense_rows, wide), *narrow), wide[0].device.type
     run, quiet = _registry.decide(op, backend, strict, device_type, args)
     run = _prepared(run, wide, args, **how)
@@ -156,6 +169,8 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     autocast = not compiling and any_autocast()
     shown = None if compiling else unobserved_signature(dy, x, weight, lora_a, lora_b, h, mask)
     if shown is None:
+        if not compiling:
+            check_memory("lora_linear", dy, x, *args)
         dx, da, db = _bwd(_rows(dy), _rows(x), *args, backend, strict)
         return dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx and dy.dim() != 2 else dx, da, db
     key = (shown, dropout_p, need_dx, need_da, need_db, backend, strict, autocast)
@@ -276,6 +291,8 @@ def lora_linear(
         if seed is not None and hasattr(x, "device_mesh"):
             seed = _everywhere(seed, x)
         refuse_transforms("lora_linear", x, weight, bias, lora_a, lora_b)
+        if not compiling:
+            check_memory("lora_linear", x, weight, bias, lora_a, lora_b, seed)
         apply = _LoraLinear.apply
     else:
         if run is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import LoraKernelsError, LoraTypeError, LoraValueError, testing
@@ -140,6 +143,28 @@ def test_operands_that_never_had_memory(make) -> None:
     y = lk.lora_linear(make((2, 8)), _w, None, _a, _b)
     expected = 0.0 if make is torch._efficientzerotensor else 8.0 + 3 * 8.0
     assert torch.equal(torch._from_functional_tensor(y) if torch._is_functional_tensor(y) else y, torch.full((2, 6), expected))
+
+
+RETURNED = {
+    "16 bits": ("x", lambda t: t.bfloat16() if t.shape == (5, 8) else t),
+    "fewer rows": ("x", lambda t: t[:3] if t.shape == (5, 8) else t),
+    "fewer columns": ("x", lambda t: t[:, :4] if t.shape == (6, 8) else t),
+    "another h": ("h", lambda t: t[:2] if t.shape == (5, 3) else t),
+    "another mask": ("mask", lambda t: t[:2] if t.dtype is torch.int32 else t),
+    "no integers": ("mask", lambda t: t.float() if t.dtype is torch.int32 else t),
+    "no matrices": ("x", lambda t: t.sum()),
+}
+
+
+@pytest.mark.parametrize("observed", [False, True], ids=["lean path", "dispatcher"])
+@pytest.mark.parametrize("case", RETURNED)
+def test_saved_tensors_that_come_back_as_others(case, observed) -> None:
+    """The kernels would read past their ends, or floats out of the wrong bits."""
+    (name, unpack), leaf = RETURNED[case], lambda *s: torch.randn(s, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack), FlopCounterMode(display=False) if observed else contextlib.nullcontext():
+        y = lk.lora_linear(leaf(5, 8), _w, None, leaf(3, 8), leaf(6, 3), 2.0, 0.25, seed=1)
+        with pytest.raises(LoraKernelsError, match=f"{name}, saved for the backward, came back as another tensor"):
+            y.sum().backward()
 
 
 OPTIONS = {

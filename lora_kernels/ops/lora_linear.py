@@ -170,14 +170,35 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     shown = None if compiling else unobserved_signature(dy, x, weight, lora_a, lora_b, h, mask)
     if shown is None:
         if not compiling:
+            _check_saved(dy, x, *args)
             check_memory("lora_linear", dy, x, *args)
         dx, da, db = _bwd(_rows(dy), _rows(x), *args, backend, strict)
         return dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx and dy.dim() != 2 else dx, da, db
     key = (shown, dropout_p, need_dx, need_da, need_db, backend, strict, autocast)
     run = _backward_runs.get(key)
     if run is None:
+        _check_saved(dy, x, *args)
         run = _remember(_backward_runs, key, _BWD, backend, strict, autocast, (dy, x), args)
     return run(dy, x, *args)
+
+
+def _check_saved(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, *_) -> None:
+    """Raise where what autograd kept came back as another: hooks on saved tensors may return anything, and kernels read as far as dy says."""
+    lead, N, K, R = dy.shape[:-1], dy.shape[-1], (weight.shape or [0])[-1], (lora_b.shape or [0])[-1]
+    own, rank = (dy.dtype,), (dy.dtype, torch.float32)
+    expected = {
+        "x": (x, (*lead, N if x is dy else K), own),
+        "weight": (weight, (N, K), own),
+        "lora_a": (lora_a, (R, K), rank),
+        "lora_b": (lora_b, (N, R), rank),
+        "h": (h, (lead.numel(), R), own),
+        "mask": (mask, (lead.numel(), (K + 31) // 32) if dropout_p > 0 else (0,), (torch.int32,)),
+    }
+    for name, (t, shape, dtypes) in expected.items():
+        if t.shape != shape or t.dtype not in dtypes or (t.device != dy.device and t.numel()) or (name == "mask" and not t.is_contiguous()):
+            got, allowed = f"{t.dtype} {list(t.shape)} on {t.device}", f"{dtypes[0]} {list(shape)} on {dy.device}, contiguous"
+            fix = "look at torch.autograd.graph.saved_tensors_hooks: they must return what they were given"
+            raise LoraKernelsError(message(f"lora_linear: {name}, saved for the backward, came back as another tensor", got, allowed, fix))
 
 
 def _differentiable_grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import lora_kernels as lk
 from lora_kernels import LoraKernelsError, LoraLinear, LoraTypeError, LoraValueError, reference
@@ -164,6 +166,32 @@ def test_loading_into_a_merged_layer_is_refused_and_changes_nothing(strict):
     assert torch.equal(layer.base_layer.weight, other["base_layer.weight"])
 
 
+@pytest.mark.parametrize("dtypes", [(bf16,), (bf16, fp32), (torch.float8_e4m3fn, fp32)], ids=str)
+def test_unmerge_of_a_layer_that_was_converted(dtypes):
+    """The merged weight's bits are others then; the copy from before the merge is put back in the dtype that there is now."""
+    net = nn.Sequential(trained())
+    weight = net[0].base_layer.weight.clone()
+    net[0].merge()
+    for dtype in dtypes:
+        net.to(dtype)
+    net[0].unmerge()
+    assert torch.equal(net[0].base_layer.weight, weight.to(dtypes[-1]))
+    net[0].merge()
+    net[0].base_layer.weight.data.zero_()  # by somebody else: no conversion
+    with pytest.raises(LoraKernelsError, match="not the one that merge wrote"):
+        net.requires_grad_(False).to("cpu")[0].unmerge()
+
+
+def test_merge_into_a_weight_that_is_computed():
+    """What is written into it is lost with the next call."""
+    layer, x = trained(8, 8), torch.randn(3, 8)
+    nn.utils.parametrizations.orthogonal(layer.base_layer)
+    y = layer(x)
+    with pytest.raises(LoraValueError, match="base weight is computed, not stored; got ParametrizedLinear"):
+        layer.merge()
+    assert torch.equal(layer(x), y)
+
+
 def test_unmerge_of_an_unmerged_layer():
     with pytest.raises(lk.LoraKernelsError, match="not merged; fix: call merge"):
         trained().unmerge()
@@ -236,6 +264,60 @@ def test_repr():
     assert "use_rslora=False, merged\n" in repr(layer)
 
 
+# ------------------------------------------------------------------------------------------- in other people's modules
+
+
+def test_what_others_read_of_a_linear_layer():
+    """T5's feed-forward casts to `wo.weight.dtype`."""
+    layer, linear = trained(dtype=bf16), nn.Linear(13, 9, dtype=bf16)
+    for name in ("in_features", "out_features"):
+        assert getattr(layer, name) == getattr(linear, name)
+    assert layer.bias is layer.base_layer.bias
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.shape, weight.dtype, weight.device, weight.dim()) == (linear.weight.shape, bf16, linear.weight.device, 2)
+    cast = torch.compile(lambda x: layer(x.to(layer.weight.dtype)), backend="eager", fullgraph=True)
+    assert torch.equal(cast(torch.ones(2, 13)), layer(torch.ones(2, 13, dtype=bf16)))
+
+
+def test_computing_with_the_base_weight_is_refused():
+    """It would leave the adapter out."""
+    layer, x = trained(), torch.randn(2, 13)
+    before = layer.base_layer.weight.clone()
+    for compute in (lambda w: F.linear(x, w), lambda w: x @ w.T, lambda w: w.data, lambda w: nn.init.zeros_(w)):
+        with pytest.raises(LoraKernelsError, match="weight is not all of the layer.* fix: call the layer, or read base_layer.weight"):
+            compute(layer.weight)
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_attention_and_encoder_layers_do_not_bypass_the_adapter():
+    """In evaluation nn.TransformerEncoderLayer hands its weights to one fused op, nn.MultiheadAttention that of out_proj always."""
+    block, x = nn.TransformerEncoderLayer(12, 2, 8, dropout=0.0, batch_first=True).eval(), torch.randn(2, 5, 12)
+    block.linear1 = trained(12, 8).eval()
+    with torch.no_grad():
+        y = block(x)
+    torch.testing.assert_close(y, block.train()(x))
+    block.eval().self_attn.out_proj = trained(12, 12).eval()
+    with torch.no_grad(), pytest.raises(LoraKernelsError, match="weight is not all of the layer"):
+        block(x)
+
+
+def test_deferred_initialisation_starts_at_the_linear_layer():
+    """FSDP and others call reset_parameters on all modules, children after their parents."""
+    layer = LoraLinear(13, 9, r=3, device="meta").to_empty(device="cpu")
+    for p in layer.parameters():
+        p.data.fill_(7.0)
+    for module in layer.modules():
+        module.reset_parameters()
+    assert not layer.lora_B.weight.any()
+    assert 0 < layer.lora_A.weight.abs().max() <= 13**-0.5
+    layer.lora_A.weight.data.fill_(7.0)
+    nn.init.normal_(layer.lora_B.weight)
+    layer.reset_parameters()
+    assert not layer.lora_B.weight.any()
+    assert 0 < layer.lora_A.weight.abs().max() <= 13**-0.5
+
+
 BAD = {
     "rank 0": ({"r": 0}, "r is no rank; got 0; allowed: an int >= 1"),
     "rank -1": ({"r": -1}, "r is no rank"),
@@ -278,6 +360,48 @@ def test_from_linear_takes_no_other_layer():
     for layer in (Quantised(4, 4), nn.Embedding(4, 4)):
         with pytest.raises(lk.LoraTypeError, match="no plain linear layer"):
             lk.LoraLinear.from_linear(layer)
+
+
+def _hook(linear: nn.Linear) -> nn.Linear:
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
+def _own_forward(linear: nn.Linear) -> nn.Linear:
+    linear.forward = lambda x: x
+    return linear
+
+
+MORE_THAN_LINEAR = {
+    "hook": _hook,
+    "own forward": _own_forward,
+    "spectral norm": nn.utils.spectral_norm,
+    "weight norm": nn.utils.weight_norm,
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "pruned bias": lambda linear: prune.l1_unstructured(linear, "bias", 0.5),
+    "parametrized": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("case", MORE_THAN_LINEAR)
+def test_from_linear_takes_no_layer_whose_call_is_more_than_its_weights(case):
+    linear = MORE_THAN_LINEAR[case](nn.Linear(4, 4))
+    with pytest.raises(LoraTypeError, match="hooks, or a weight that is computed|no plain linear layer; got ParametrizedLinear"):
+        LoraLinear.from_linear(linear)
+    assert all(p.requires_grad for p in linear.parameters())
+
+
+def test_numpy_sizes_and_ranks():
+    layer = LoraLinear(np.int64(13), np.int32(9), r=np.int64(4))
+    assert type(layer.r) is int
+    assert layer.lora_B.weight.shape == (9, 4)
+
+
+def test_devices_that_are_none():
+    for device in ("nope", "cuda:99"):
+        with pytest.raises(LoraValueError, match=f"no such device; got '{device}': "):
+            LoraLinear(4, 4, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

@@ -17,6 +17,7 @@ from .._checks import DTYPES, LARGEST
 from .._errors import BackendError, message, warn_once
 from ..native.signature import unobserved_signature
 from ..native.state import snapshot, unchanged
+from ..nn import forward_replaced, hooked
 from ..ops._call import any_autocast, autocasts
 from ..ops.lora_linear import lora_linear
 
@@ -176,7 +177,7 @@ def plain_operands(layer: Linear) -> str | Operands:
         dropout_p = 0.0
     else:
         return f"lora_dropout is a {type(dropout).__name__}" + (", in place" if type(dropout) is nn.Dropout else "")
-    if _hooked(dropout):
+    if hooked(dropout):
         return "hooks on lora_dropout"
     scaling = layer.scaling[name]
     if not isinstance(scaling, (int, float)):
@@ -218,16 +219,10 @@ def never_plain(layer: Linear) -> str | None:
     return None
 
 
-def forward_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward that is not its class's (which accelerate leaves there, bound, when its hooks go)."""
-    own = module.__dict__.get("forward")
-    return own is not None and (getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module)
-
-
 def _module_refused(role: str, module: nn.Module) -> str | None:
     if type(module) is not nn.Linear:  # a subclass may be quantised, parametrized or compute something else
         return f"{role} is a {type(module).__name__}, not nn.Linear"
-    if _hooked(module):
+    if hooked(module):
         return f"hooks on {role}"
     for tensor in module._parameters.values():
         if tensor is not None and not _plain(tensor):
@@ -238,12 +233,6 @@ def _module_refused(role: str, module: nn.Module) -> str | None:
 def _plain(t: object) -> bool:
     """Whether `t` is a tensor without behaviour of its own, or stands for one while torch.export traces without dynamo (strict=False)."""
     return type(t) in _PLAIN_TENSORS or (type(t) is FakeTensor and torch.compiler.is_compiling())
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: the fused op reads its weights and would skip that."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or forward_replaced(module)
 
 
 def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:

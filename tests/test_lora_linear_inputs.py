@@ -167,6 +167,19 @@ def test_saved_tensors_that_come_back_as_others(case, observed) -> None:
             y.sum().backward()
 
 
+SEEDS = {
+    "meta": (lambda: torch.tensor(3, device="meta"), "seed has no number that could be read; got device meta"),
+    "sparse": (lambda: torch.tensor([3]).to_sparse(), "seed has no number that could be read; got torch.sparse_coo"),
+    "flag": (lambda: True, "seed is no seed; got True"),
+}
+
+
+@pytest.mark.parametrize("make, text", SEEDS.values(), ids=SEEDS)
+def test_seeds_that_are_none(make, text) -> None:
+    with pytest.raises(LoraTypeError, match=text):
+        lk.lora_linear(_x, _w, None, _a, _b, dropout_p=0.1, seed=make())
+
+
 OPTIONS = {
     "dropout_p": (dict(dropout_p=[0.1]), LoraValueError, "dropout_p is no probability"),
     "backend": (dict(backend=["cpu"]), LoraValueError, "unknown backend"),

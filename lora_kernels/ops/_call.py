@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from .._errors import LoraKernelsError, LoraValueError, message
+from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from . import _registry
 
 MAX_SIGNATURES = 4096
@@ -80,8 +80,14 @@ def draw_seed(seed: int | Tensor | None, device: torch.device, op: str = "lora_l
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
     _checks.check_seed(op, seed)
     if isinstance(seed, Tensor):
+        if seed.layout is not torch.strided or (seed.is_meta and device.type != "meta"):
+            got = "device meta" if seed.is_meta else seed.layout
+            raise LoraTypeError(message(f"{op}: seed has no number that could be read", got, "int, or int64 tensor of 1 element"))
         return seed.to(device).reshape(1)
-    seed = seed if isinstance(seed, int) else operator.index(seed)  # numpy's integers
+    if type(seed) is not int:
+        if isinstance(seed, bool):
+            raise LoraTypeError(message(f"{op}: seed is no seed", seed, "int, or int64 tensor of 1 element"))
+        seed = operator.index(seed)  # numpy's integers
     return torch.full((1,), seed, dtype=torch.int64, device=device)  # a fill: torch.tensor would copy from the host and wait
 
 

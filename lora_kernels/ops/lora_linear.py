@@ -259,7 +259,7 @@ def lora_linear(
         lora_a: `[R, K]` in x's dtype or float32.
         lora_b: `[N, R]` in x's dtype or float32.
         scaling: lora_alpha / r (or / sqrt(r)), a run-time number. Applied to h; in float16, where h times a number above 1 may overflow, to
-            lora_b before.
+            lora_b before, so that scaling * lora_b must stay below 65504 there.
         dropout_p: probability of dropping an element of the low-rank branch's input, rounded to a multiple of 1 / 65536; kept ones are
             scaled by 1 / (1 - p) of the rounded p, so that expectations are exact. The mask is saved as one bit per element.
         training: dropout applies only when True.

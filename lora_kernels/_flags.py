@@ -40,8 +40,8 @@ class Flags:
     """The flags of one engine's kernels. Two launches of one stream never run at once, so they share; an outgrown buffer goes back to the allocator.
 
     A graph may be replayed on any stream, beside any other, long after its capture: a captured launch shares with nobody, and what it was given is
-    never given again. It comes out of a slab that eager calls keep filled, so that the graph has no node for it; a memset node (1 to 2 us of every
-    replay) zeroes what it gets once the slab is used up.
+    never given again. It comes out of a slab that eager calls keep filled, so that the graph has no node for it; once the slab is used up, a
+    memset node zeroes what it gets.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from .pool import AdapterPool
 
 
-ENTERED: ContextVar[tuple[Batch, ...]] = ContextVar("lora_kernels_batches", default=())  # by this thread or task, the innermost last
+# By this thread or task, the innermost last. Weak: a task keeps what it started with, and a batch its pool.
+ENTERED: ContextVar[tuple[weakref.ref[Batch], ...]] = ContextVar("lora_kernels_batches", default=())
 TASKS = object()  # stands for the batch of a thread whose tasks have one each
 
 
@@ -51,7 +53,7 @@ class Current(threading.local):
         return mine[-1] if mine else None
 
     def enter(self, batch: Batch) -> None:
-        ENTERED.set((*ENTERED.get(), batch))
+        ENTERED.set((*ENTERED.get(), weakref.ref(batch)))
         self.running.append(batch)
         self._settle()
 
@@ -62,11 +64,11 @@ class Current(threading.local):
         else:
             torch.set_grad_enabled(batch.recorded)
         self.running.pop(i)
-        ENTERED.set(tuple(b for b in ENTERED.get() if b is not batch))
+        ENTERED.set(tuple(found for found in ENTERED.get() if found() is not batch))
         self._settle()
 
     def _entered(self) -> list[Batch]:
-        return [b for b in ENTERED.get() if b in self.running]  # a task's context keeps what its parent has left since
+        return [b for found in ENTERED.get() if (b := found()) in self.running]  # a task's context keeps what its parent has left since
 
     def _settle(self) -> None:
         one_context = not _in_task() and self._entered() == self.running
@@ -139,7 +141,7 @@ class Batch:
         reason = None
         if ids.shape != self._ids.shape:
             reason = message("Batch.update_: another number of rows", ids.shape[0], self._ids.shape[0], "make one batch per batch size")
-        elif any(a is not None and a.modules & self._pool.scattered - self._touched for a in adapters):
+        elif any(a is not None and a.modules & self._pool._scattered - self._touched for a in adapters):
             reason = message("Batch.update_: an adapter of layers that keep no order of rows, in a batch that began without", fix="make a new batch")
         elif not self.with_bias and any(a is not None and a.bias for a in adapters):
             reason = message("Batch.update_: an adapter with lora_bias in a batch that began without", fix="begin with one, or make a new batch")

@@ -109,7 +109,7 @@ class AdapterPool:
                     target = Target(name, len(self._targets), group, place, self._current, exact_base, found[name], scattered.get(name))
                     self._targets[name] = target
                     shard.targets.append(target)
-        self.scattered = frozenset(t.index for t in self._targets.values() if t.scattered is not None)
+        self._scattered = frozenset(t.index for t in self._targets.values() if t.scattered is not None)
         self._shapes = {name: Shape(t.layer.in_features, t.layer.out_features) for name, t in self._targets.items()}
         self._wait_for_fills()
         for target in self._targets.values():

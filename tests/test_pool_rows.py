@@ -202,6 +202,18 @@ class TwoTowers(nn.Module):
         return self.text(x) + self.vision_tower(images).mean(0)
 
 
+def test_one_row_by_its_slot_is_no_mix(tmp_path):
+    model, ids = Routed().eval(), torch.tensor([[2, 4, 6, 1]])
+    with pooled(model, tmp_path, ["0"]) as pool:
+        slots = {name: torch.tensor([pool.slot(name)], dtype=torch.int32) for name in "ab"}
+        with pool.batch(["b"]):
+            expected = model(ids)
+        with pool.batch(slots["a"]) as batch:
+            model(ids)
+            batch.update_(slots["b"])
+            assert torch.equal(model(ids), expected)
+
+
 def test_images_are_not_sequences(tmp_path):
     """Two images may both be of the second sequence."""
     model, x, images = TwoTowers().eval(), torch.randn(2, 3, 8), torch.randn(2, 3, 8)

@@ -181,7 +181,8 @@ class Plan(NamedTuple):
 
 
 def plan(M: int, total_n: int, K: int, itemsize: int, sms: int, cast: bool) -> Plan:
-    """One wave of programs with at least 48 KiB of W on the way to every SM, and at least four steps of K each; more splits only add parts of y.
+    """As many parts of K as still make one wave of programs, of at least four steps each: more only add parts of y. What is then on its way to an SM:
+    docs/measured.md, "Batched op".
 
     Up to 32 rows two programs fit on an SM; more rows share W's tiles of 128 columns, since every column tile reads all of x anew; 256 rows and such
     a tile spill. Short steps in float32, and where rows of 16 bytes do not line up (addresses per element: longer ones spill); `cast`: pools of

@@ -99,8 +99,8 @@ class Batch:
         self.recorded: bool | None = None  # while it runs: whether gradients were recorded around it
         self.mixed = False  # whether its rows have different adapters
         self.with_bias = False
-        self._sequences: int | None = None  # during a forward of the whole model: the leading dimension of its input, and how many rows its
-        self._tokens: set[int] = set()  # layers may have where sequences and tokens are one dimension
+        self._sequences: int | None = None  # during a forward of the whole model: the leading dimension of its input
+        self._tokens: set[int] = set()  # rows that its layers may have where sequences and tokens are one dimension
         self.shared: tuple[Group, Tensor, int, int, list[Tensor]] | None = None
 
     def __enter__(self) -> Batch:
@@ -112,7 +112,7 @@ class Batch:
         except BaseException:
             self._pool._release(self._adapters)
             raise
-        self.mixed = len(self._ids) > 1 and (isinstance(self._rows, Tensor) or len(set(self._rows)) > 1)
+        self.mixed = _mixed(self._rows)
         self.with_bias = any(a is not None and a.bias for a in self._adapters)
         self._touched = {i for a in self._adapters if a is not None for i in a.modules}
         self.recorded = torch.is_grad_enabled()
@@ -150,7 +150,7 @@ class Batch:
             raise LoraValueError(reason)
         held, self._adapters = self._adapters, adapters
         self._touched, self.shared = {i for a in adapters if a is not None for i in a.modules}, None
-        self.mixed = self.mixed or isinstance(rows, Tensor) or len(set(rows)) > 1
+        self.mixed = self.mixed or _mixed(rows)
         try:
             with writable(self._ids):
                 self._ids.copy_(ids)
@@ -250,6 +250,11 @@ class Batch:
         """Ids per row: a sequence's rows (its tokens, and its beams, which generate() lays side by side) follow each other."""
         n = self._ids.shape[0]
         return self._ids if n == M else self._ids.view(n, 1).expand(n, M // n).reshape(M)
+
+
+def _mixed(rows: Sequence[str | None] | Tensor) -> bool:
+    """Whether rows may have different adapters. Slots in a tensor may lie on a GPU, where looking would mean waiting."""
+    return len(rows) > 1 and (isinstance(rows, Tensor) or len(set(rows)) > 1)
 
 
 def watch(model: nn.Module, current: Current) -> list[RemovableHandle]:

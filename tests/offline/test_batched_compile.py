@@ -62,6 +62,7 @@ OTHERS = [
     Call("forward", 8192, (4096, 1024, 1024), R=64, pool_dtype=fp32),
     Call("forward", 8192, R=256, invariant=True),
     Call("forward", 64, R=16, dtype=fp32),
+    Call("forward", 64, R=64, dtype=fp32),
     Call("forward", 1024, (200, 200, 200), R=64, dtype=fp32),
     Call("shrink_expand", 64, R=64),
     Call("shrink_expand", 4096, R=64, dtype=fp16),

@@ -101,14 +101,34 @@ LK_INLINE void put(V (&acc)[MR][W], Tile c, bool more) {
     for (int v = 0; v < W; v++) store(c.p + i * c.ld + v * L, acc[i][v]), acc[i][v] = zero();
 }
 
+// The finished sums, with those of earlier k in c when `more`, to out in X itself: at the M and N of the tile, whole vectors of columns.
+template <class X, int MR, int W>
+LK_INLINE void finish(V (&acc)[MR][W], const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more) {
+  if (more) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < W; v++) acc[i][v] = add(load(c.p + i * c.ld + v * L), acc[i][v]);
+  }
+  const V alpha = set1(a.alpha);
+  V bias[W];
+#pragma GCC unroll 4
+  for (int v = 0; v < W; v++) bias[v] = a.bias ? load(static_cast<const X*>(a.bias) + n + v * L) : zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < W; v++) store(static_cast<X*>(a.out.p) + (m + i) * a.out.ld + n + v * L, fma(acc[i][v], alpha, bias[v]));
+}
+
 // fp32 results need shorter chains than K: partial sums of CHAIN_F32 terms are added up. The rounding of 16-bit results hides a chain's error.
 template <class T>
 constexpr int64_t CHAIN = same<T, float> ? CHAIN_F32 : MOST_DEEP;
 
-// One micro tile: MR rows by W vectors, added in chains to what c holds of earlier k.
+// One micro tile: MR rows by W vectors, added in chains to what c holds of earlier k; `direct`: the last goes to out (finish).
 // Every loop over acc is unrolled whole: one index known only at run time and the compiler keeps all of it in memory.
 template <class X, int MR, int W, class Next>
-void micro(const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more, Next& next) {
+void micro(const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more, bool direct,
+           Next& next) {
   V acc[MR][W];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
@@ -129,34 +149,35 @@ void micro(const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::
   do {
     const int64_t k1 = min(k + chain, base.steps);
     run_strip<X, MR, W>(acc, base, k, k1, next);
+    k = k1;
+    if (direct && k == base.steps) return finish<X>(acc, a, m, n, c, more);
     put(acc, c, more);
     more = true;
-    k = k1;
   } while (k < base.steps);
 }
 
 template <class X, int MR, int W>
 LK_INLINE void micro_rows(int rows, const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::PanelArgs& a, int64_t m, int64_t n, Tile c,
-                          bool more, NextBlock& next) {
+                          bool more, bool direct, NextBlock& next) {
   if constexpr (MR > 0) {
     NoBlock none;
     if (MR == MICRO_ROWS[W] && rows == MR && !next.rows)
-      micro<X, MR, W>(rank, base, chain, a, m, n, c, more, none);
+      micro<X, MR, W>(rank, base, chain, a, m, n, c, more, direct, none);
     else if (rows == MR)
-      micro<X, MR, W>(rank, base, chain, a, m, n, c, more, next);
+      micro<X, MR, W>(rank, base, chain, a, m, n, c, more, direct, next);
     else
-      micro_rows<X, MR - 1, W>(rows, rank, base, chain, a, m, n, c, more, next);
+      micro_rows<X, MR - 1, W>(rows, rank, base, chain, a, m, n, c, more, direct, next);
   }
 }
 
 template <class X, int W>
 LK_INLINE void micro_width(int width, int rows, const Strip<X>& rank, const Strip<X>& base, int64_t chain, const lk::PanelArgs& a, int64_t m,
-                           int64_t n, Tile c, bool more, NextBlock& next) {
+                           int64_t n, Tile c, bool more, bool direct, NextBlock& next) {
   if constexpr (W > 0) {
     if (width == W)
-      micro_rows<X, MICRO_ROWS[W], W>(rows, rank, base, chain, a, m, n, c, more, next);
+      micro_rows<X, MICRO_ROWS[W], W>(rows, rank, base, chain, a, m, n, c, more, direct, next);
     else
-      micro_width<X, W - 1>(width, rows, rank, base, chain, a, m, n, c, more, next);
+      micro_width<X, W - 1>(width, rows, rank, base, chain, a, m, n, c, more, direct, next);
   }
 }
 }  // namespace

@@ -58,10 +58,13 @@ constexpr int64_t MOST_ROWS = 2040;
 // fp32, R 16, us with and without (benchmarks/cpu_kernels.cpp): forward 576 x 576 M 256 1044 and 1136, 2048 x 2048 M 1024 50621 and 48542; dx,
 // whose blocks have four lines of each page, 2048 x 2048 M 256 17393 and 15006; dA and dB, with R rows, 2048 x 2048 M 1024 3397 and 2824.
 #ifdef LK_INTEL
-constexpr int64_t FETCH_FROM = 17, FETCH_TO = 512, FETCH_PITCH = 4095;
+constexpr int64_t FETCH_FROM = 17, FETCH_TO = 512, FETCH_PITCH = 4095, FETCH_X = INT64_MAX;
 #else
-constexpr int64_t FETCH_FROM = 1, FETCH_TO = INT64_MAX, FETCH_PITCH = INT64_MAX;
+constexpr int64_t FETCH_FROM = 1, FETCH_TO = INT64_MAX, FETCH_PITCH = INT64_MAX, FETCH_X = 512 << 10;
 #endif
+// From FETCH_X bytes on, below which it may lie in the L2, x comes a tile ahead where one pass over it is all there is. A Zen 5, one core, bf16, 576
+// x 576, R 16, us without and with (benchmarks/cpu_kernels.cpp ... 96 96; in brackets: x found in the caches): M 1024 forward 1535 (1479) and 1489
+// (1488), backward 1676 and 1625; M 256, where it stays off, 397 (366) and 390 (374).
 LK_INLINE bool fetches(const lk::PanelArgs& a, int64_t rows, int64_t row_bytes) {
   return rows >= FETCH_FROM && rows <= FETCH_TO && (a.nt || a.broad || row_bytes <= FETCH_PITCH);
 }
@@ -189,6 +192,7 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
   const int widest = static_cast<int>(min(ceil_div(cols, L), NV)), MR = MICRO_ROWS[widest];
   const int64_t tiles = ceil_div(m1 - m0, MR);
   const bool whole = KD > deepest || a.out_t || a.segments;
+  const bool direct = same<X, OT> && !a.out_t && !a.segments && cols % L == 0;  // from the registers to out
   int64_t k0 = 0;
   do {  // once even for K = 0: the rank term and the bias remain
     const int64_t k1 = min(k0 + deepest, KD), depth = k1 - k0;
@@ -204,6 +208,12 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
       next.rows = a.nt ? after_cols : min((after_end - after) * P::PAIR, a.K - after * P::PAIR);
       next.lines = ceil_div((a.nt ? (after_end - after) * P::PAIR : after_cols) * static_cast<int64_t>(sizeof(T)), 64);
       next.per_step = ceil_div(next.rows * next.lines, tiles * ceil_div(cols, SW) * ceil_div(depth + 1, 16));
+    } else if (a.N <= NP && tiles > 1 && a.M * a.K * static_cast<int64_t>(sizeof(T)) >= FETCH_X) {  // one pass over x, as of a shrink
+      next.ld = a.x.ld * static_cast<int64_t>(sizeof(T));
+      next.p = reinterpret_cast<const char*>(static_cast<const T*>(a.x.p) + (m0 + MR) * a.x.ld + k0 * P::PAIR);
+      next.rows = m1 - m0 - MR;
+      next.lines = ceil_div(min(depth * P::PAIR, a.K - k0 * P::PAIR) * static_cast<int64_t>(sizeof(T)), 64);
+      next.per_step = ceil_div(MR * next.lines, ceil_div(cols, SW) * ceil_div(depth + 1, 16));
     }
     for (int64_t i = 0, m = m0; i < tiles; i++) {
       const int rows = static_cast<int>((m1 - m0) * (i + 1) / tiles - (m - m0));  // even tiles instead of a short last one
@@ -219,11 +229,11 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
           const int part = static_cast<int>(min(rows - r, MICRO_ROWS[width]));
           Strip<X> rs = rank_strip, bs = base_strip;
           rs.x += r * rs.ld, bs.x += r * bs.ld;
-          micro_width<X, NV>(width, part, rs, bs, CHAIN<T>, a, m + r, n + s * SW, {c.p + r * ldc + s * SW, ldc}, k0 > 0, next);
+          micro_width<X, NV>(width, part, rs, bs, CHAIN<T>, a, m + r, n + s * SW, {c.p + r * ldc + s * SW, ldc}, k0 > 0, direct && last, next);
           r += part;
         }
       }
-      if (last && !a.out_t && !a.segments) store_rows<T, OT>(a, n, cols, m, rows, c);
+      if (last && !direct && !a.out_t && !a.segments) store_rows<T, OT>(a, n, cols, m, rows, c);
       m += rows;
     }
     if (last && a.segments) {

@@ -28,7 +28,7 @@ class Units {
   Units(int64_t count, int shares, int64_t grain = 1) : parts_(static_cast<size_t>(shares)), grain_(grain) {
     for (int64_t s = 0; s < shares; s++) parts_[static_cast<size_t>(s)].left = pack(count * s / shares, count * (s + 1) / shares);
   }
-  // The next piece [begin, end) for this share, its own in multiples of `grain` while they last; false: none is left.
+  // The next piece [begin, end) for this share, its own up to a multiple of `grain` while they last; false: none is left.
   bool take(int share, int64_t& begin, int64_t& end) {
     for (size_t i = 0; i < parts_.size(); i++)
       if (take_of(parts_[(static_cast<size_t>(share) + i) % parts_.size()].left, i == 0, begin, end)) return true;
@@ -46,7 +46,7 @@ class Units {
     for (;;) {
       const int64_t b = static_cast<int64_t>(left >> 32), e = static_cast<int64_t>(left & 0xffffffffu), half = (e - b + 1) / 2;
       if (b >= e) return false;
-      const int64_t in_grains = std::min(std::max(half / grain_ * grain_, grain_), e - b);
+      const int64_t in_grains = std::min(std::max((b + half) / grain_, b / grain_ + 1) * grain_, e) - b;
       const int64_t n = parts_.size() == 1 ? e - b : own ? in_grains : half;
       if (part.compare_exchange_weak(left, own ? pack(b + n, e) : pack(b, e - n), std::memory_order_relaxed)) {
         begin = own ? b : e - n, end = own ? b + n : e;

@@ -11,16 +11,16 @@ namespace {
 constexpr int64_t PREFETCH_AHEAD = 1024;  // bytes along a row of W, at its end into the same row of the next tile
 constexpr int64_t SHORT_ROW = 0;          // steps along k of a row that is read from its start to its end before the next
 #else
-constexpr int64_t PREFETCH_AHEAD = 256, SHORT_ROW = 128;
+constexpr int64_t PREFETCH_AHEAD = 256, SHORT_ROW = 256;
 #endif
-constexpr int64_t SHORT_X = 12288;  // bytes of x that stay in the L1 meanwhile
+constexpr int64_t SHORT_X = 24576;  // bytes of x that stay in the L1 meanwhile
 constexpr int64_t CHAIN_DOT = 256;  // terms of one chain of a lane: uncut, K 28672 has 2.8 times eager's error (tests/test_native_cpu.py)
 
 // Spreads the loads of the next tile's W rows over the row tiles of this one, so that memory is read while the arithmetic runs.
 struct NextRows {
   const char* p = nullptr;
   int64_t ld = 0, rows = 0, lines = 0, per_step = 0, r = 0, l = 0;
-  int64_t skip = 0;  // elements from a row to the same row of the next tile, for tiles that stream
+  int64_t skip = 0;  // elements from a row to the one whose place is asked for: the same row of the next tile (ABREAST), or a few on (BY_ROW)
   LK_INLINE void step(NextRows& f) {
     for (int64_t i = 0; i < f.per_step && f.r < f.rows; i++) {
       prefetch(f.p + f.r * f.ld + f.l * 64);
@@ -29,11 +29,12 @@ struct NextRows {
   }
 };
 
-// How a tile walks its rows of W. Few rows of x are a matter of fetching W. Zen's hardware does that best for a short row read from start to end, if
-// the next row's first lines are asked for in time; longer ones, each a chain of additions, are read abreast. One row of x, one core of Zen 4, us
-// abreast and by row (benchmarks/cpu_kernels.cpp): bf16 576 x 576 58 and 28, 2048 x 2048 438 and 255, 4096 x 8192 2812 and 3510; fp32 4096 x 4096
-// 2841 and 3451. A Xeon, whose memory is further away, wants them abreast and asked for earlier (LK_INTEL): bf16 2048 x 2048 532 and 792, fp32
-// 937 and 1325; three rows of x, bf16, 495 and 1126.
+// How a tile walks its rows of W. Few rows of x are a matter of fetching W. Zen does that best for a row read from start to end while the same place
+// of one a few rows on is asked for; longer ones, each a chain of additions, are read abreast. One core of Zen 5, us, abreast or with only the first
+// lines of the next row asked for, and so (benchmarks/cpu_kernels.cpp fwd M N K 16 TYPE in_place 300): one row of x, bf16 576 x 576 26 and 20, 2048 x
+// 2048 272 and 237, 4096 x 4096 1120 and 922, 4096 x 8192 2400 and 2162; fp32 2048 x 2048 565 and 480; three rows, bf16 4096 x 4096 1342 and 980.
+// With AVX2 forced there: bf16 576 x 576 34.9 and 27.6, fp32 55.0 and 41.4; bf16 4096 x 4096, of 512 additions, 1278 abreast and 1801. A Xeon, whose
+// memory is further away, wants them abreast and asked for earlier (LK_INTEL): bf16 2048 x 2048 532 and 792, fp32 937 and 1325.
 enum Walk { TILES, ABREAST, BY_ROW };
 
 // Elements k..end of rows of K; end is K or a multiple of the step.
@@ -44,15 +45,13 @@ LK_INLINE void dot_rows(V* acc, const T* x, int64_t ldx, const T* const* w, int6
   constexpr int S = D::STEP;
   constexpr int64_t AHEAD = PREFETCH_AHEAD / static_cast<int64_t>(sizeof(T));
   if constexpr (WALK == BY_ROW) {
-    constexpr int64_t FIRST_LINES = 4, LINE = 64 / static_cast<int64_t>(sizeof(T));
     const int64_t whole = k + (end - k) / S * S;
 #pragma GCC unroll 8
     for (int j = 0; j < NR; j++) {
-      const T* then = j + 1 < NR ? w[j + 1] + k : w[0] + k + next.skip;
-#pragma GCC unroll 4
-      for (int64_t l = 0; l < FIRST_LINES; l++) __builtin_prefetch(then + l * LINE);
+      const T* then = w[j] + next.skip;
       for (int64_t i = k; i < whole; i += S) {
         const typename D::X wv = D::load(w[j] + i);
+        __builtin_prefetch(then + i);
 #pragma GCC unroll 8
         for (int r = 0; r < MR; r++) {
           typename D::X xv = D::load(x + r * ldx + i);
@@ -162,13 +161,15 @@ LK_INLINE void dot_tile(const lk::DotArgs& a, int64_t m, int64_t n, int64_t n1, 
 // 1 to 3 rows: wide tiles keep enough accumulators in flight. A function for each way, or gcc's registers do not last.
 template <class T, int MR, int NR, bool DROP, Walk WALK>
 __attribute__((noinline)) void dot_walk(const lk::DotArgs& a, int64_t n0, int64_t n1) {
+  const int64_t row_bytes = a.K * static_cast<int64_t>(sizeof(T)), rows_ahead = row_bytes < 2048 ? 3 : row_bytes <= 4096 ? 2 : 1;
   NextRows next;
-  next.skip = NR * a.w.ld;
+  next.skip = (WALK == BY_ROW ? rows_ahead : NR) * a.w.ld;
   for (int64_t n = n0; n < n1; n += NR) dot_tile<T, MR, NR, DROP, WALK>(a, 0, n, n1, next);
 }
 template <class T, int MR, int NR, bool DROP>
 void dot_few(const lk::DotArgs& a, int64_t n0, int64_t n1) {
-  if (a.K <= SHORT_ROW * DotStep<T>::STEP && MR * a.K * static_cast<int64_t>(sizeof(T)) <= SHORT_X)
+  constexpr int64_t CHAINED = L == 8 && sizeof(T) == 2 ? 2 : 1;  // AVX2 reads 16 bits a lane no faster than it adds: 2048 x 2048 f16 380 and 443
+  if (a.K * CHAINED <= SHORT_ROW * DotStep<T>::STEP && MR * a.K * static_cast<int64_t>(sizeof(T)) <= SHORT_X)
     dot_walk<T, MR, NR, DROP, BY_ROW>(a, n0, n1);
   else
     dot_walk<T, MR, NR, DROP, ABREAST>(a, n0, n1);

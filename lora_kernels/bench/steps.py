@@ -42,7 +42,7 @@ class Model:
 
 
 QUICK = Model("2 layers of smollm2-135m", 576, 1536, 9, 3, layers=2, tokens=256)
-CPU = Model("4 layers of smollm2-135m", 576, 1536, 9, 3, layers=4, tokens=512)
+CPU = Model("4 layers of smollm2-135m", 576, 1536, 9, 3, layers=4, tokens=512, sequences=4)
 GPU = Model("2 layers of llama-3-8b", 4096, 14336, 32, 8, layers=2, tokens=8192, sequences=8)  # attention in float64 stores tokens x length
 
 

@@ -161,7 +161,7 @@ LK_INLINE void micro_rows(int rows, const Strip<X>& rank, const Strip<X>& base, 
                           bool more, bool direct, NextBlock& next) {
   if constexpr (MR > 0) {
     NoBlock none;
-    if (MR == MICRO_ROWS[W] && rows == MR && !next.rows)
+    if (MR == MICRO_ROWS[W] && rows == MR && !next.per_step)
       micro<X, MR, W>(rank, base, chain, a, m, n, c, more, direct, none);
     else if (rows == MR)
       micro<X, MR, W>(rank, base, chain, a, m, n, c, more, direct, next);

@@ -5,15 +5,25 @@ namespace {
 constexpr int64_t NP = lk::kPanel, SW = NV * L, SUBS = NP / SW;  // a panel is SUBS sub-panels of SW columns
 constexpr int64_t MOST_DEEP = KC + KC / 4;                       // lanes along k of one block
 
-// Walks the lines of the next block of W, a few every 16 steps, so that memory is read while the arithmetic runs.
+// Walks the lines of the next block of W, and then those of B of the adapters whose turn comes after this block, a few every 16 steps, so that
+// memory is read while the arithmetic runs.
 struct NextBlock {
-  const char* p = nullptr;
-  int64_t ld = 0, rows = 0, lines = 0, per_step = 0, r = 0, l = 0;
+  const char* p = nullptr;  // the next line
+  int64_t ld = 0, rows = 0, lines = 0, per_step = 0, l = 0;
+  const lk::Segment *segment = nullptr, *segment_end = nullptr;  // of whose B the bytes segment_at .. + 64 segment_lines are fetched
+  int64_t segment_at = 0, segment_lines = 0;
   LK_INLINE void step(NextBlock& f) {
-    for (int64_t i = 0; i < f.per_step && f.r < f.rows; i++) {
-      prefetch(f.p + f.r * f.ld + f.l * 64);
-      if (++f.l == f.lines) f.l = 0, f.r++;
+    for (int64_t i = 0; i < f.per_step && (f.rows || next_segment(f)); i++) {
+      prefetch(f.p);
+      f.p += 64;
+      if (++f.l == f.lines) f.l = 0, f.rows--, f.p += f.ld - 64 * f.lines;
     }
+  }
+  static bool next_segment(NextBlock& f) {
+    if (f.segment == f.segment_end) return false;
+    f.p = static_cast<const char*>(f.segment++->adapter.b) + f.segment_at;
+    f.rows = 1, f.lines = f.segment_lines;
+    return true;
   }
 };
 

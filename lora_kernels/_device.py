@@ -66,11 +66,29 @@ def sm_count(index: int) -> int:
 
 
 @functools.cache
-def cpu_name() -> str:
-    """The processor's name as the kernel tells it, e.g. "AMD EPYC 9654 96-Core Processor"."""
+def _cpuinfo() -> dict[str, str]:
+    """What the kernel tells of the first processor; empty where it tells nothing."""
     try:
         with open("/proc/cpuinfo") as info:
-            names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+            first = info.read().partition("\n\n")[0]
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        return {}
+    return {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in first.splitlines()) if colon}
+
+
+def cpu_core() -> str:
+    """The generation of an AMD core, "Zen" to "Zen 5", which the name that a virtual machine shows leaves out; "" for others."""
+    info = _cpuinfo()
+    if info.get("vendor_id") != "AuthenticAMD":
+        return ""
+    family, model = int(info.get("cpu family", 0)), int(info.get("model", 0))
+    zen_3_or_4 = "Zen 4" if "avx512f" in info.get("flags", "").split() else "Zen 3"
+    return {23: "Zen 2" if model >= 0x30 else "Zen", 25: zen_3_or_4, 26: "Zen 5"}.get(family, "")
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel tells it, with the generation of its cores where the name is short: "AMD EPYC Zen 5"."""
+    name, core = _cpuinfo().get("model name", ""), cpu_core()
+    if not name:
+        return platform.processor() or platform.machine()
+    return f"{name} {core}" if core and not any(c.isdigit() for c in name) else name

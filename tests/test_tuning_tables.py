@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import _errors
+from lora_kernels import _device, _errors
 from lora_kernels.bench import tune, tune_gpu
 from lora_kernels.tuning import cpu, store
 from lora_kernels.tuning.plan import Problem
@@ -90,6 +90,43 @@ def test_users_rows_go_before_the_shipped_ones_and_hide_no_other(lookups, monkey
     _cpu_table(store.SHIPPED, [{**ROW, "forms": [[1, "panels"], [64, "in_place"]]}, {**ROW, "N": 5000, "forms": [[4, "panels"]]}])
     at = lambda M, N: cpu.FORMS[cpu.form("fwd", 0, M, N, 64)]
     assert [at(4, 32), at(64, 32), at(4, 5000)] == ["torch", "in_place", "panels"]
+
+
+def test_a_core_with_its_own_table_takes_that_first(lookups, monkeypatch):
+    at = lambda M, N: cpu.FORMS[cpu.form("fwd", 0, M, N, 64)]
+    monkeypatch.setattr(cpu, "_isa", "avx512_bf16")
+    for core, rows in (
+        ("", [{**ROW, "forms": [[4, "panels"]]}, {**ROW, "N": 5000, "forms": [[4, "panels"]]}]),
+        ("Zen 5", [{**ROW, "forms": [[4, "torch"]]}]),
+    ):
+        (lookups / cpu.table_name("avx512_bf16", core)).write_text(json.dumps({"isa": "avx512_bf16", "rows": rows}))
+    found = {}
+    for core in ("Zen 5", "Zen 4", ""):
+        monkeypatch.setattr(cpu._device, "cpu_core", lambda core=core: core)
+        cpu._tables.cache_clear()
+        cpu.form.cache_clear()
+        found[core] = [at(4, 32), at(4, 5000)]
+    assert found == {"Zen 5": ["torch", "panels"], "Zen 4": ["panels", "panels"], "": ["panels", "panels"]}
+
+
+@pytest.mark.parametrize(
+    "info, core, name",
+    [
+        ("vendor_id : AuthenticAMD\ncpu family : 26\nmodel : 2\nmodel name : AMD EPYC\nflags : avx2 avx512f", "Zen 5", "AMD EPYC Zen 5"),
+        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 17\nmodel name : AMD EPYC 9654\nflags : avx2 avx512f", "Zen 4", "AMD EPYC 9654"),
+        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 1\nmodel name : AMD EPYC\nflags : avx2", "Zen 3", "AMD EPYC Zen 3"),
+        ("vendor_id : AuthenticAMD\ncpu family : 23\nmodel : 49\nmodel name : AMD EPYC\nflags : avx2", "Zen 2", "AMD EPYC Zen 2"),
+        (
+            "vendor_id : GenuineIntel\ncpu family : 6\nmodel : 207\nmodel name : Intel(R) Xeon(R) Processor\nflags : avx512f",
+            "",
+            "Intel(R) Xeon(R) Processor",
+        ),
+    ],
+    ids=["zen5", "zen4", "zen3", "zen2", "intel"],
+)
+def test_cores_are_told_apart_where_the_name_does_not(monkeypatch, info, core, name):
+    monkeypatch.setattr(_device, "_cpuinfo", lambda: dict(map(str.strip, line.split(":")) for line in info.splitlines()))
+    assert (_device.cpu_core(), _device.cpu_name()) == (core, name)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A figure stands between two comments and is named by device folder, suite and producer:
 
-    <!-- figure amd-epyc-avx512-bf16-2-threads linear speedup -->
+    <!-- figure amd-epyc-zen-4-avx512-bf16-2-threads linear speedup -->
     ...
     <!-- /figure -->
 """

@@ -55,7 +55,7 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """The results folder: "nvidia-h200"; a CPU's name does not tell its instruction set, so "amd-epyc-avx512-bf16-2-threads"."""
+    """The results folder: "nvidia-h200"; a CPU's name does not tell its instruction set, so "amd-epyc-zen-5-avx512-bf16-2-threads"."""
     name = device_name(device) if device.type == "cuda" else f"{device_name(device)} {cpu_isa()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

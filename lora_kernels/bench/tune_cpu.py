@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from .. import testing
+from .. import _device, testing
 from ..ops import _registry
 from ..tuning import cpu as plan
 from .problem import SCALING, count_sets, exact, operands
@@ -37,7 +37,7 @@ class CpuTarget:
         return {"isa": _registry.provider("cpu").isa()}
 
     def file_name(self) -> str:
-        return plan.table_name(self.head()["isa"])
+        return plan.table_name(self.head()["isa"], _device.cpu_core())
 
     def pack(self, entries: list[dict]) -> dict:
         """One row per (op, dtype, N, K) with its forms by ascending M, as `tuning.cpu` reads it."""

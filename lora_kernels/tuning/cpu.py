@@ -1,7 +1,7 @@
 """The CPU plan: which form of the large product runs a (op, dtype, M, N, K).
 
 From the measured tables of this instruction set, exact shape first, then the nearest in log space: the user's (`lora-kernels tune --device cpu`,
-`store.user_folder`), then the shipped one (`configs/cpu_<isa>.json`); else by a rule of thumb.
+`store.user_folder`), then the shipped one (`configs/cpu_<isa>.json`, before it that of a core with its own); else by a rule of thumb.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import _device
 from .._errors import LoraValueError, message
 from . import store
 
@@ -25,8 +26,14 @@ _isa = ""
 _forced: str | None = None
 
 
-def table_name(isa: str) -> str:
-    return f"cpu_{isa}.json"
+# Zen 5 multiplies 512 bits at a time, Zen 4 256, so that packing pays from fewer rows on (docs/measured.md).
+OWN_TABLES = {("avx512_bf16", "Zen 5")}
+
+
+def table_name(isa: str, core: str = "") -> str:
+    """File name of a table; `core`: of the cores that have their own for this instruction set."""
+    own = f"_{core.lower().replace(' ', '')}" if (isa, core) in OWN_TABLES else ""
+    return f"cpu_{isa}{own}.json"
 
 
 def read_rows(path: Path, isa: str) -> list[dict]:
@@ -71,8 +78,9 @@ def forced(name: str) -> Iterator[None]:
 
 @functools.cache
 def _tables(isa: str) -> tuple[list[dict], ...]:
-    """The rows of each table, the user's first."""
-    return tuple(store.readable(table_name(isa), lambda path: read_rows(path, isa)))
+    """The rows of each table: this core's before all cores', the user's before the shipped."""
+    names = dict.fromkeys((table_name(isa, _device.cpu_core()), table_name(isa)))
+    return tuple(rows for name in names for rows in store.readable(name, lambda path: read_rows(path, isa)))
 
 
 def _measured(rows: list[dict], M: int, N: int, K: int) -> str | None:

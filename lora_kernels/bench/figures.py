@@ -78,8 +78,8 @@ def training_steps(data: dict) -> str:
                 gain = "" if name == "peft" else _shown(records.inverse(records.ratio(entry, "peft")))
                 memory = [f"{entry[key] / 2**20:.1f}" for key in ("peak_bytes", "saved_bytes")]
                 label = {"ours_low": "lora_kernels (bf16 adapters)", "ours": "lora_kernels (fp32 adapters)"}.get(name, LABELS.get(name, name))
-                rows.append([record["case"]["model"], label, f"{entry['tokens_per_s']:.0f}", gain, *memory])
-    return _rows(["model", "who", "tokens/s", "speed-up over PEFT", "peak MiB", "saved for backward MiB"], rows) + _where(data)
+                rows.append([record["case"]["model"], records.batch_of(record), label, f"{entry['tokens_per_s']:.0f}", gain, *memory])
+    return _rows(["model", "tokens a step", "who", "tokens/s", "speed-up over PEFT", "peak MiB", "saved for backward MiB"], rows) + _where(data)
 
 
 def not_fastest(data: dict) -> str:

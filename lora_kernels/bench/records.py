@@ -100,6 +100,12 @@ def read_folder(folder: Path, suites: Sequence[str] = SUITES) -> dict[str, dict]
     return {suite: read(folder / f"{suite}.json") for suite in suites if (folder / f"{suite}.json").is_file()}
 
 
+def batch_of(record: dict) -> str:
+    """The tokens of a training step, "4 × 128": sequences and their length."""
+    sequences = record["case"].get("sequences", 1)
+    return f"{sequences} × {record['case']['tokens'] // sequences}"
+
+
 def case_of(record: dict) -> Case:
     return Case(**record["case"])
 

@@ -59,7 +59,7 @@ def linear_table(record: dict) -> Table:
 
 
 def steps_table(record: dict) -> Table:
-    title = "{model}, {tokens} tokens a step, R {R}, {dtype}, {steps} training steps".format(**record["case"])
+    title = "{model}, {batch} tokens a step, R {R}, {dtype}, {steps} training steps".format(batch=records.batch_of(record), **record["case"])
     table = _table(title, "contestant", "ms a step", "20 %", "80 %", "tokens/s", "× peft", "peak MiB", "saved MiB", "gradient error", "last loss")
     for name, entry in record["results"].items():
         if "us" in entry:

@@ -69,7 +69,7 @@ def sm_count(index: int) -> int:
 def _cpuinfo() -> dict[str, str]:
     """What the kernel tells of the first processor; empty where it tells nothing."""
     try:
-        with open("/proc/cpuinfo") as info:
+        with open("/proc/cpuinfo", errors="replace") as info:
             first = info.read().partition("\n\n")[0]
     except OSError:
         return {}
@@ -77,13 +77,24 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def cpu_core() -> str:
-    """The generation of an AMD core, "Zen" to "Zen 5", which the name that a virtual machine shows leaves out; "" for others."""
+    """The generation of an AMD core, "Zen" to "Zen 5", which the name that a virtual machine shows leaves out; "" for others.
+
+    By family and model, as Linux's arch/x86/kernel/cpu/amd.c has them. "Zen 5 mobile": those that multiply 256 bits at a time.
+    """
     info = _cpuinfo()
+    try:
+        family, model = int(info["cpu family"], 0), int(info["model"], 0)
+    except (KeyError, ValueError):
+        return ""
     if info.get("vendor_id") != "AuthenticAMD":
         return ""
-    family, model = int(info.get("cpu family", 0)), int(info.get("model", 0))
-    zen_3_or_4 = "Zen 4" if "avx512f" in info.get("flags", "").split() else "Zen 3"
-    return {23: "Zen 2" if model >= 0x30 else "Zen", 25: zen_3_or_4, 26: "Zen 5"}.get(family, "")
+    if family == 23:
+        return "Zen 2" if model >= 0x30 else "Zen"
+    if family == 25:
+        return "Zen 4" if model >= 0x60 or 0x10 <= model < 0x20 else "Zen 3"
+    if family == 26 and (model < 0x30 or 0x40 <= model < 0x50 or 0x60 <= model < 0x80):
+        return "Zen 5 mobile" if model & 0xF0 in (0x20, 0x60) else "Zen 5"
+    return ""
 
 
 def cpu_name() -> str:

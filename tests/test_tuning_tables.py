@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import logging
+import platform
 
 import pytest
 import torch
@@ -92,41 +95,53 @@ def test_users_rows_go_before_the_shipped_ones_and_hide_no_other(lookups, monkey
     assert [at(4, 32), at(64, 32), at(4, 5000)] == ["torch", "in_place", "panels"]
 
 
-def test_a_core_with_its_own_table_takes_that_first(lookups, monkeypatch):
-    at = lambda M, N: cpu.FORMS[cpu.form("fwd", 0, M, N, 64)]
+def test_a_core_with_its_own_table_takes_that_first_but_the_users_before(lookups, monkeypatch):
+    at = lambda N: cpu.FORMS[cpu.form("fwd", 0, 4, N, 64)]
     monkeypatch.setattr(cpu, "_isa", "avx512_bf16")
-    for core, rows in (
-        ("", [{**ROW, "forms": [[4, "panels"]]}, {**ROW, "N": 5000, "forms": [[4, "panels"]]}]),
-        ("Zen 5", [{**ROW, "forms": [[4, "torch"]]}]),
-    ):
-        (lookups / cpu.table_name("avx512_bf16", core)).write_text(json.dumps({"isa": "avx512_bf16", "rows": rows}))
+    monkeypatch.setattr(store, "SHIPPED", lookups / "shipped")
+    store.SHIPPED.mkdir()
+    row = lambda N, form: {**ROW, "N": N, "forms": [[4, form]]}
+    tables = {
+        lookups / cpu.table_name("avx512_bf16"): [row(32, "torch")],
+        store.SHIPPED / cpu.table_name("avx512_bf16", "Zen 5"): [row(32, "panels"), row(5000, "torch")],
+        store.SHIPPED / cpu.table_name("avx512_bf16"): [row(5000, "panels"), row(100000, "panels")],
+    }
+    assert len(tables) == 3
+    for path, rows in tables.items():
+        path.write_text(json.dumps({"isa": "avx512_bf16", "rows": rows}))
     found = {}
-    for core in ("Zen 5", "Zen 4", ""):
+    for core in ("Zen 5", "Zen 5 mobile", "Zen 4", ""):
         monkeypatch.setattr(cpu._device, "cpu_core", lambda core=core: core)
         cpu._tables.cache_clear()
         cpu.form.cache_clear()
-        found[core] = [at(4, 32), at(4, 5000)]
-    assert found == {"Zen 5": ["torch", "panels"], "Zen 4": ["panels", "panels"], "": ["panels", "panels"]}
+        found[core] = [at(32), at(5000), at(100000)]
+    assert found.pop("Zen 5") == ["torch", "torch", "panels"]
+    assert set(map(tuple, found.values())) == {("torch", "panels", "panels")}
 
 
-@pytest.mark.parametrize(
-    "info, core, name",
-    [
-        ("vendor_id : AuthenticAMD\ncpu family : 26\nmodel : 2\nmodel name : AMD EPYC\nflags : avx2 avx512f", "Zen 5", "AMD EPYC Zen 5"),
-        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 17\nmodel name : AMD EPYC 9654\nflags : avx2 avx512f", "Zen 4", "AMD EPYC 9654"),
-        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 1\nmodel name : AMD EPYC\nflags : avx2", "Zen 3", "AMD EPYC Zen 3"),
-        ("vendor_id : AuthenticAMD\ncpu family : 23\nmodel : 49\nmodel name : AMD EPYC\nflags : avx2", "Zen 2", "AMD EPYC Zen 2"),
-        (
-            "vendor_id : GenuineIntel\ncpu family : 6\nmodel : 207\nmodel name : Intel(R) Xeon(R) Processor\nflags : avx512f",
-            "",
-            "Intel(R) Xeon(R) Processor",
-        ),
-    ],
-    ids=["zen5", "zen4", "zen3", "zen2", "intel"],
-)
+AMD = "vendor_id : AuthenticAMD\ncpu family : {}\nmodel : {}\nmodel name : {}\nflags : avx2"
+CORES = {
+    "zen5": (AMD.format(26, 2, "AMD EPYC"), "Zen 5", "AMD EPYC Zen 5"),
+    "zen5_mobile": (AMD.format(26, 36, "AMD Ryzen AI 9 HX 370"), "Zen 5 mobile", "AMD Ryzen AI 9 HX 370"),
+    "later": (AMD.format(26, 80, "AMD EPYC"), "", "AMD EPYC"),
+    "zen4": (AMD.format(25, 17, "AMD EPYC 9654"), "Zen 4", "AMD EPYC 9654"),
+    "zen3": (AMD.format(25, 1, "AMD EPYC"), "Zen 3", "AMD EPYC Zen 3"),
+    "zen2": (AMD.format(23, 49, "AMD EPYC"), "Zen 2", "AMD EPYC Zen 2"),
+    "odd_numbers": (AMD.format("unknown", "", "AMD EPYC"), "", "AMD EPYC"),
+    "hex": (AMD.format("0x1a", "0x2", "AMD EPYC"), "Zen 5", "AMD EPYC Zen 5"),
+    "intel": (AMD.replace("AuthenticAMD", "GenuineIntel").format(6, 207, "Intel(R) Xeon(R) Processor"), "", "Intel(R) Xeon(R) Processor"),
+    "arm": ("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41", "", None),
+    "nothing": ("", "", None),
+}
+
+
+@pytest.mark.parametrize("info, core, name", CORES.values(), ids=CORES)
 def test_cores_are_told_apart_where_the_name_does_not(monkeypatch, info, core, name):
-    monkeypatch.setattr(_device, "_cpuinfo", lambda: dict(map(str.strip, line.split(":")) for line in info.splitlines()))
-    assert (_device.cpu_core(), _device.cpu_name()) == (core, name)
+    monkeypatch.setattr(builtins, "open", lambda *args, **options: io.StringIO(info + "\n\nprocessor : 1\ncpu family : 1\n"))
+    _device._cpuinfo.cache_clear()
+    found = _device.cpu_core(), _device.cpu_name()
+    _device._cpuinfo.cache_clear()
+    assert found == (core, name or platform.processor() or platform.machine())
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,14 @@ void one_adapter(const Kernels& k, const Batched& b, const BatchedGrads& grads, 
     const Gathered x(b.type, b.x, rows, n, b.K);
     PanelArgs p{};
     p.M = R, p.N = b.K, p.K = n, p.x = gt.in, p.w = x.in, p.w_keep = mask.from(b, l, order.first(l), 0), p.alpha = keep_scale_of(b, l);
-    p.out = {offset(grads.d_a, b.a_type, l * b.R * b.K), b.K}, p.out_f32 = b.a_type == kF32;
+    p.out = {offset(grads.d_a, b.a_type, l * b.R * b.K), b.K}, p.out_f32 = b.a_type == kF32, p.thin = true;
     panel_products(k, b.type, &p, 1, threads);
   }
   if (grads.d_b) {
     const Columns ht(b.type, {b.h.p, b.h.ld}, rows, n, R);
     PanelArgs p{};
     p.M = R, p.N = b.N, p.K = n, p.x = ht.in, p.w = dy.in, p.alpha = 1.f;
-    p.out = {offset(grads.d_b, b.b_type, l * b.N * b.R), b.R}, p.out_t = true, p.out_f32 = b.b_type == kF32;
+    p.out = {offset(grads.d_b, b.b_type, l * b.N * b.R), b.R}, p.out_t = true, p.out_f32 = b.b_type == kF32, p.thin = true;
     panel_products(k, b.type, &p, 1, threads);
   }
 }

@@ -66,6 +66,7 @@ struct PanelArgs {
   bool out_t;               // store transposed: out[n, m]
   bool out_f32;             // store fp32 instead of the operands' type
   bool broad;               // blocks of up to kBroad panels and a kBroad-th of the depth, for few rows: whole pages of W at a time
+  bool thin;                // few rows against a long K, as of dA and dB: w may be read in place instead of repacked
   const Segment* segments;  // instead of b and R (b.ld is theirs), added after the base; or null
   int64_t segment_count, segment_R;
 };

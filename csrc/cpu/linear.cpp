@@ -136,13 +136,13 @@ void lora_linear_bwd(const Problem& p, const Backward& b) {
   if (b.d_a.p) {
     PanelArgs a{};
     a.M = ad.R, a.N = p.K, a.K = p.M, a.x = gt.in, a.w = b.x, a.w_keep = keep, a.alpha = drop ? keep_scale(p) : 1.f;
-    a.out = b.d_a, a.out_f32 = ad.a_type == kF32;
+    a.out = b.d_a, a.out_f32 = ad.a_type == kF32, a.thin = true;
     products[count++] = a;
   }
   if (b.d_b.p) {
     PanelArgs a{};
     a.M = ad.R, a.N = p.N, a.K = p.M, a.x = ht.in, a.w = b.dy, a.alpha = 1.f;
-    a.out = b.d_b, a.out_t = true, a.out_f32 = ad.b_type == kF32;
+    a.out = b.d_b, a.out_t = true, a.out_f32 = ad.b_type == kF32, a.thin = true;
     products[count++] = a;
   }
   if (count) panel_products(k, p.type, products, count, p.threads);

@@ -7,6 +7,20 @@ namespace {
 template <class T>
 using Factor = typename PanelStep<T>::X;
 
+template <class T>
+struct Rows {  // the row tile's operand as the micro kernel wants it: in place, or widened to fp32 into `to`
+  using X = Factor<T>;
+  template <class S>
+  static const X* get(const S* p, int64_t ld, int rows, int64_t k, float* to, int64_t to_ld) {
+    for (int i = 0; i < rows; i++) {
+      int64_t j = 0;
+      for (; j + L <= k; j += L) store(to + i * to_ld + j, load(p + i * ld + j));
+      if (j < k) store(to + i * to_ld + j, load(p + i * ld + j, k - j));
+    }
+    return to;
+  }
+  static const X* get(const X* p, int64_t, int, int64_t, float*, int64_t) { return p; }
+};
 template <class X>
 struct Strip {  // rows of x and a packed panel along k: `steps` whole lanes and, for an odd K, half of one more
   const X* x;
@@ -26,7 +40,7 @@ struct Tile {  // fp32 sums
 template <class X, int MR>
 struct Place {
   static constexpr int GROUPS = (MR + 2) / 3;
-  const float* panel;
+  const float* panel = nullptr;
   const X* rows[GROUPS];
   LK_INLINE void advance(Place& at, int64_t steps) {
     at.panel += steps * SW;

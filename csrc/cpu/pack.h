@@ -16,7 +16,7 @@ struct NextBlock {
     for (int64_t i = 0; i < f.per_step && (f.rows || next_segment(f)); i++) {
       prefetch(f.p);
       f.p += 64;
-      if (++f.l == f.lines) f.l = 0, f.rows--, f.p += f.ld - 64 * f.lines;
+      if (++f.l >= f.lines) f.l = 0, f.rows--, f.p += f.ld - 64 * f.lines;
     }
   }
   static bool next_segment(NextBlock& f) {

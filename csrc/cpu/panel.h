@@ -6,6 +6,7 @@
 // registers, and y is stored once. Each output is summed in one order of k that no tile or thread count changes.
 #pragma once
 #include "micro.h"
+#include "outer.h"
 #include "pack.h"
 
 namespace {
@@ -37,20 +38,6 @@ void store_transposed(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m
   }
 }
 
-template <class T>
-struct Rows {  // the row tile's operand as the micro kernel wants it: in place, or widened to fp32 into `to`
-  using X = Factor<T>;
-  template <class S>
-  static const X* get(const S* p, int64_t ld, int rows, int64_t k, float* to, int64_t to_ld) {
-    for (int i = 0; i < rows; i++) {
-      int64_t j = 0;
-      for (; j + L <= k; j += L) store(to + i * to_ld + j, load(p + i * ld + j));
-      if (j < k) store(to + i * to_ld + j, load(p + i * ld + j, k - j));
-    }
-    return to;
-  }
-  static const X* get(const X* p, int64_t, int, int64_t, float*, int64_t) { return p; }
-};
 constexpr int MAX_ROWS = MICRO_ROWS[1] > MICRO_ROWS[NV] ? MICRO_ROWS[1] : MICRO_ROWS[NV];
 constexpr int64_t MOST_ROWS = 2040;
 
@@ -164,11 +151,12 @@ LK_INLINE int64_t block_depth(const lk::PanelArgs& a, int64_t KD) {
   const int64_t blocks = ceil_div(KD, MOST_DEEP);
   return blocks > 1 ? ceil_div(ceil_div(KD, blocks), STEP) * STEP : MOST_DEEP;
 }
-int64_t rank_floats(const lk::PanelArgs& a) { return even_up(a.R > a.segment_R ? a.R : a.segment_R) * (a.broad ? lk::kBroad : 1) * NP; }
+int64_t panels_of(const lk::PanelArgs& a) { return a.broad || is_outer(a) ? lk::kBroad : 1; }
+int64_t rank_floats(const lk::PanelArgs& a) { return even_up(a.R > a.segment_R ? a.R : a.segment_R) * panels_of(a) * NP; }
 
 // packed base block | packed rank block | C [rows, columns] | widened x tile | widened h tile
 int64_t panel_floats(lk::Dtype, const lk::PanelArgs& a, int64_t rows) {
-  return MOST_DEEP * NP + rank_floats(a) + (rows + MAX_ROWS) * (a.broad ? lk::kBroad : 1) * NP + MAX_ROWS * (MOST_DEEP + L + a.R + a.segment_R + L);
+  return MOST_DEEP * NP + rank_floats(a) + (rows + MAX_ROWS) * panels_of(a) * NP + MAX_ROWS * (MOST_DEEP + L + a.R + a.segment_R + L);
 }
 
 // A chunk's sums that wait for the next block of k stay within SUM_ROWS * 256 bytes.
@@ -179,7 +167,7 @@ int64_t rows_of(const lk::PanelArgs& a) {
 }
 lk::PanelBlock panel_block(lk::Dtype t, const lk::PanelArgs& a) {
   const int64_t rows = t == lk::kF32 ? rows_of<float>(a) : t == lk::kBF16 ? rows_of<bf16>(a) : rows_of<f16>(a);
-  return {rows, a.broad ? lk::kBroad : 1, 12};
+  return {rows, panels_of(a), 12};
 }
 int64_t shrink_rows(lk::Dtype, bool masked) { return masked ? lk::kNever : 128; }  // x_keep is the dot form's
 
@@ -191,6 +179,10 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
   const int64_t n = p0 * NP, cols = min(a.N, p1 * NP) - n, ldc = (p1 - p0) * NP, KD = ceil_div(a.K, P::PAIR), RD = ceil_div(a.R, P::PAIR);
   const int64_t deepest = block_depth(a, KD);
   float *pa = ws, *pb = pa + MOST_DEEP * NP, *C = pb + rank_floats(a), *xs = C + (m1 - m0 + MAX_ROWS) * ldc, *hs = xs + MAX_ROWS * (MOST_DEEP + L);
+  if (is_outer(a)) {
+    outer_sums<T>(a, n, cols, m0, m1, {C, ldc}, xs);
+    return a.out_t ? store_transposed<OT>(a, n, cols, m0, m1, {C, ldc}) : store_rows<T, OT>(a, n, cols, m0, m1 - m0, {C, ldc});
+  }
   const T* w = static_cast<const T*>(a.w.p) + (a.nt ? n * a.w.ld : n);
   if (a.R) {
     const T* b = static_cast<const T*>(a.b.p) + (a.nt ? n * a.b.ld : n);
@@ -199,7 +191,7 @@ void panel_of(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_
   const int widest = static_cast<int>(min(ceil_div(cols, L), NV)), MR = MICRO_ROWS[widest];
   const int64_t tiles = ceil_div(m1 - m0, MR);
   const bool whole = KD > deepest || a.out_t || a.segments;
-  const bool direct = same<X, OT> && !a.out_t && !a.segments && cols % L == 0;  // from the registers to out
+  const bool direct = same<X, OT> && (same<T, X> || !a.bias) && !a.out_t && !a.segments && cols % L == 0;  // from the registers to out
   int64_t k0 = 0;
   do {  // once even for K = 0: the rank term and the bias remain
     const int64_t k1 = min(k0 + deepest, KD), depth = k1 - k0;

@@ -151,13 +151,14 @@ struct PanelStep<bf16> {
   LK_INLINE V row(const bf16* p, int64_t n) { return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first32(n), p)); }
   LK_INLINE V row(const bf16* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
   // two vectors: columns 0..31 of rows p and q (null: zeros), paired
-  LK_INLINE void columns(const bf16* p, const bf16* q, V* out) { columns(p, q, 32, ~0u, ~0u, out); }
+  LK_INLINE void columns(const bf16* p, const bf16* q, V* out) { paired(_mm512_loadu_si512(p), _mm512_loadu_si512(q), out); }
   LK_INLINE void columns(const bf16* p, const bf16* q, int64_t n, uint32_t p_bits, uint32_t q_bits, V* out) {
+    paired(_mm512_maskz_loadu_epi16(first32(n) & p_bits, p), _mm512_maskz_loadu_epi16(q ? first32(n) & q_bits : 0, q ? q : p), out);
+  }
+  LK_INLINE void paired(__m512i a, __m512i b, V* out) {
     const __m512i low =
         _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    const __m512i a = _mm512_maskz_loadu_epi16(first32(n) & p_bits, p);
-    const __m512i b = _mm512_maskz_loadu_epi16(q ? first32(n) & q_bits : 0, q ? q : p);
     out[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
     out[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
   }

@@ -78,9 +78,9 @@ def forced(name: str) -> Iterator[None]:
 
 @functools.cache
 def _tables(isa: str) -> tuple[list[dict], ...]:
-    """The rows of each table: this core's before all cores', the user's before the shipped."""
+    """The rows of each table: the user's before the shipped, this core's before all cores'."""
     names = dict.fromkeys((table_name(isa, _device.cpu_core()), table_name(isa)))
-    return tuple(rows for name in names for rows in store.readable(name, lambda path: read_rows(path, isa)))
+    return tuple(store.readable(names, lambda path: read_rows(path, isa)))
 
 
 def _measured(rows: list[dict], M: int, N: int, K: int) -> str | None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
@@ -93,10 +93,9 @@ def read_table(path: Path, device: str) -> Table:
     return {key: sorted(rows, key=lambda row: row[0]) for key, rows in table.items()}
 
 
-def readable(name: str, read: Callable[[Path], T]) -> Iterator[T]:
-    """The user's table of this file name and the shipped one, where they exist. A damaged or foreign one is left out, with one logged reason."""
-    for folder in (user_folder(), SHIPPED):
-        path = folder / name
+def readable(names: Iterable[str], read: Callable[[Path], T]) -> Iterator[T]:
+    """The user's tables of these file names and the shipped ones, where they exist. A damaged or foreign one is left out, with one logged reason."""
+    for path in (folder / name for folder in (user_folder(), SHIPPED) for name in names):
         try:
             if path.is_file():
                 yield read(path)
@@ -107,7 +106,7 @@ def readable(name: str, read: Callable[[Path], T]) -> Iterator[T]:
 @functools.cache
 def tables(gpu: str) -> tuple[Table, ...]:
     """The tables of this GPU, the user's first."""
-    return tuple(readable(table_name(gpu), lambda path: read_table(path, gpu)))
+    return tuple(readable([table_name(gpu)], lambda path: read_table(path, gpu)))
 
 
 def look_up(table: Table, problem: Problem) -> Plan | None:

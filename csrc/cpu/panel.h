@@ -151,12 +151,12 @@ LK_INLINE int64_t block_depth(const lk::PanelArgs& a, int64_t KD) {
   const int64_t blocks = ceil_div(KD, MOST_DEEP);
   return blocks > 1 ? ceil_div(ceil_div(KD, blocks), STEP) * STEP : MOST_DEEP;
 }
-int64_t panels_of(const lk::PanelArgs& a) { return a.broad || is_outer(a) ? lk::kBroad : 1; }
-int64_t rank_floats(const lk::PanelArgs& a) { return even_up(a.R > a.segment_R ? a.R : a.segment_R) * panels_of(a) * NP; }
+int64_t most_panels_of(const lk::PanelArgs& a) { return a.broad || a.thin ? lk::kBroad : 1; }  // of any M, as a workspace may be a larger product's
+int64_t rank_floats(const lk::PanelArgs& a) { return even_up(a.R > a.segment_R ? a.R : a.segment_R) * most_panels_of(a) * NP; }
 
 // packed base block | packed rank block | C [rows, columns] | widened x tile | widened h tile
 int64_t panel_floats(lk::Dtype, const lk::PanelArgs& a, int64_t rows) {
-  return MOST_DEEP * NP + rank_floats(a) + (rows + MAX_ROWS) * panels_of(a) * NP + MAX_ROWS * (MOST_DEEP + L + a.R + a.segment_R + L);
+  return MOST_DEEP * NP + rank_floats(a) + (rows + MAX_ROWS) * most_panels_of(a) * NP + MAX_ROWS * (MOST_DEEP + L + a.R + a.segment_R + L);
 }
 
 // A chunk's sums that wait for the next block of k stay within SUM_ROWS * 256 bytes.
@@ -167,7 +167,7 @@ int64_t rows_of(const lk::PanelArgs& a) {
 }
 lk::PanelBlock panel_block(lk::Dtype t, const lk::PanelArgs& a) {
   const int64_t rows = t == lk::kF32 ? rows_of<float>(a) : t == lk::kBF16 ? rows_of<bf16>(a) : rows_of<f16>(a);
-  return {rows, panels_of(a), 12};
+  return {rows, a.broad || is_outer(a) ? lk::kBroad : 1, 12};
 }
 int64_t shrink_rows(lk::Dtype, bool masked) { return masked ? lk::kNever : 128; }  // x_keep is the dot form's
 

@@ -54,6 +54,7 @@ void run_panel(Shape s, lk::Dtype type, Options o, bool out_f32, int64_t pad, in
   a.bias = o.transposed ? nullptr : bias.data.get(), a.alpha = 0.75f, a.keep_scale = 1.5f, a.out = out.out();
   a.x_keep = o.keep_x ? keep_x.mask() : lk::Mask{}, a.w_keep = o.keep_w ? keep_w.mask() : lk::Mask{};
   a.out_keep = o.keep_out ? keep_out.mask() : lk::Mask{}, a.out_t = o.transposed, a.out_f32 = out_f32;
+  a.thin = !o.nt && s.R == 0;
   std::vector<int32_t> odd, even;  // rows of two adapters; every third row has none
   for (int32_t m = 0; m < s.M; m++)
     if (m % 3) (m % 3 == 1 ? odd : even).push_back(m);
@@ -94,9 +95,10 @@ void run_panel(Shape s, lk::Dtype type, Options o, bool out_f32, int64_t pad, in
 }  // namespace
 
 int run_panels() {
-  constexpr Shape shapes[] = {{1, 1, 1, 1},     {1, 64, 0, 3},   {7, 33, 2, 1},   {15, 48, 65, 5}, {16, 130, 32, 32},
-                              {17, 17, 31, 16}, {31, 95, 64, 8}, {32, 64, 96, 2}, {33, 65, 33, 9}, {64, 64, 63, 7},
-                              {65, 300, 40, 8}, {48, 70, 7, 33}, {120, 9, 5, 3},  {130, 9, 12, 4}, {2, 3, 3, 64}};
+  constexpr Shape shapes[] = {{1, 1, 1, 1},     {1, 64, 0, 3},   {7, 33, 2, 1},     {15, 48, 65, 5}, {16, 130, 32, 32},
+                              {17, 17, 31, 16}, {31, 95, 64, 8}, {32, 64, 96, 2},   {33, 65, 33, 9}, {64, 64, 63, 7},
+                              {65, 300, 40, 8}, {48, 70, 7, 33}, {120, 9, 5, 3},    {130, 9, 12, 4}, {2, 3, 3, 64},
+                              {1, 64, 0, 0},    {5, 70, 129, 0}, {12, 300, 257, 0}, {16, 31, 400, 0}};
   constexpr Shape deep[] = {{3, 70, 2581, 4}, {35, 40, 2562, 3}, {130, 20, 1300, 0}, {20, 330, 1281, 5}, {800, 3, 2600, 2}, {2100, 2, 3, 1}};
   int runs = 0;
   const auto all = [&](Shape s, int64_t room) {

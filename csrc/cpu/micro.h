@@ -21,6 +21,7 @@ struct Rows {  // the row tile's operand as the micro kernel wants it: in place,
   }
   static const X* get(const X* p, int64_t, int, int64_t, float*, int64_t) { return p; }
 };
+
 template <class X>
 struct Strip {  // rows of x and a packed panel along k: `steps` whole lanes and, for an odd K, half of one more
   const X* x;
@@ -100,15 +101,19 @@ LK_INLINE void run_strip(V (&acc)[MR][W], const Strip<X>& s, int64_t k0, int64_t
   }
 }
 
+// what c holds of earlier k, onto the accumulators
+template <int MR, int W>
+LK_INLINE void add_earlier(V (&acc)[MR][W], Tile c) {
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < W; v++) acc[i][v] = add(load(c.p + i * c.ld + v * L), acc[i][v]);
+}
+
 // c takes the accumulators, added to what it holds when `more`; they start anew
 template <int MR, int W>
 LK_INLINE void put(V (&acc)[MR][W], Tile c, bool more) {
-  if (more) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int v = 0; v < W; v++) acc[i][v] = add(load(c.p + i * c.ld + v * L), acc[i][v]);
-  }
+  if (more) add_earlier(acc, c);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -118,12 +123,7 @@ LK_INLINE void put(V (&acc)[MR][W], Tile c, bool more) {
 // The finished sums, with those of earlier k in c when `more`, to out in X itself: at the M and N of the tile, whole vectors of columns.
 template <class X, int MR, int W>
 LK_INLINE void finish(V (&acc)[MR][W], const lk::PanelArgs& a, int64_t m, int64_t n, Tile c, bool more) {
-  if (more) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-      for (int v = 0; v < W; v++) acc[i][v] = add(load(c.p + i * c.ld + v * L), acc[i][v]);
-  }
+  if (more) add_earlier(acc, c);
   const V alpha = set1(a.alpha);
   V bias[W];
 #pragma GCC unroll 4

@@ -1,4 +1,4 @@
-// Few rows against a long K, as of dA = g^T drop(x) and dB^T = h^T dy: every element of w meets R products alone, so that repacking it would take as
+// Few rows against a long K, as of dA = g^T drop(x) and dB^T = h^T dy: an element of w meets R products alone, so that repacking it would take as
 // long as they do. Two vectors of columns of w, paired in registers, meet all rows; w is read in blocks of whole lines.
 #pragma once
 #include "micro.h"
@@ -38,7 +38,7 @@ void outer_tile(const lk::PanelArgs& a, const Factor<T>* x, int64_t ldx, const T
   Place<Factor<T>, MR> at;
 #pragma GCC unroll 8
   for (int i = 0; i < at.GROUPS; i++) at.rows[i] = x + 3 * i * ldx;
-  const int64_t ld = a.w.ld, whole = a.K / PAIR < k1 ? a.K / PAIR : k1;
+  const int64_t ld = a.w.ld, whole = min(a.K / PAIR, k1);
   const bool plain = !a.w_keep.p && c0 + 2 * L <= cols;
   int64_t k = k0;
   while (k < whole) {

@@ -2,10 +2,11 @@
 //
 //   LORA_KERNELS_CUDA=0 python csrc/native_build.py
 //   g++ -std=c++17 -O2 -Icsrc benchmarks/cpu_kernels.cpp build/native-*/{isa*,threads,linear,batched*}.o -ldl -o build/cpu_kernels
-//   build/cpu_kernels fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB [MiB of the rest]]
+//   build/cpu_kernels fwd|dx|dab|bwd|many M N K R f32|bf16|f16 in_place|panels [MiB [MiB of the rest [adapters]]]
 //
-// Weights turn through 96 MiB, or those asked for, so that they come from memory as in a model. Inputs and results are the same in every call, unless
-// they shall turn too. Operands lie at whole lines, as PyTorch's do. Least and median of nine samples of 50 ms.
+// `many` is the forward with that many adapters, or 64, by turns of the rows. Weights, with their adapters there, turn through 96 MiB, or those asked
+// for, so that they come from memory as in a model. Inputs and results are the same in every call, unless they shall turn too. Operands lie at whole
+// lines, as PyTorch's do. Least and median of nine samples of 50 ms.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -44,16 +45,22 @@ Matrix matrix(lk::Dtype type, int64_t n, std::mt19937& rng) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 8) return std::fprintf(stderr, "usage: %s fwd|dx|dab|bwd M N K R f32|bf16|f16 in_place|panels [MiB [MiB]]\n", argv[0]), 2;
+  if (argc < 8)
+    return std::fprintf(stderr, "usage: %s fwd|dx|dab|bwd|many M N K R f32|bf16|f16 in_place|panels [MiB [MiB [adapters]]]\n", argv[0]), 2;
   const std::string mode = argv[1], type_name = argv[6];
   const int64_t M = std::atoll(argv[2]), N = std::atoll(argv[3]), K = std::atoll(argv[4]), R = std::atoll(argv[5]), seed = 1;
   const lk::Dtype type = type_name == "f32" ? lk::kF32 : type_name == "bf16" ? lk::kBF16 : lk::kF16;
   const lk::Form form = std::string(argv[7]) == "panels" ? lk::kPanels : lk::kInPlace;
   std::mt19937 rng(1);
-  std::vector<Matrix> weights;
-  const int64_t turn_bytes = (argc > 8 ? std::atoll(argv[8]) : 96) << 20;
-  for (int64_t bytes = 0; bytes < turn_bytes || weights.empty(); bytes += N * K * (type == lk::kF32 ? 4 : 2))
-    weights.push_back(matrix(type, N * K, rng));
+  struct Weights {
+    Matrix w, pool_a, pool_b;
+  };
+  std::vector<Weights> weights;
+  const int64_t turn_bytes = (argc > 8 ? std::atoll(argv[8]) : 96) << 20, L = mode != "many" ? 0 : argc > 10 ? std::atoll(argv[10]) : 64;
+  for (int64_t bytes = 0; bytes < turn_bytes || weights.empty(); bytes += (N * K + L * R * (N + K)) * (type == lk::kF32 ? 4 : 2))
+    weights.push_back({matrix(type, N * K, rng), matrix(type, L * R * K, rng), matrix(type, L * N * R, rng)});
+  std::vector<int32_t> ids;
+  for (int64_t m = 0; m < M; m++) ids.push_back(L ? static_cast<int32_t>(m % L) : -1);
   auto a = matrix(type, R * K, rng), b = matrix(type, N * R, rng), h = matrix(type, M * R, rng), d_a = matrix(type, R * K, rng),
        d_b = matrix(type, N * R, rng);
   struct Rows {
@@ -67,7 +74,13 @@ int main(int argc, char** argv) {
   size_t turn = 0;
   const auto run = [&] {
     const Rows& at = rows[turn % rows.size()];
-    const lk::In w = {weights[turn++ % weights.size()].get(), K};
+    const Weights& of = weights[turn++ % weights.size()];
+    const lk::In w = {of.w.get(), K};
+    if (mode == "many") {
+      lk::Batched many{M, N, K, R, L, type, type, type, {at.x.get(), K}, w, nullptr, of.pool_a.get(), of.pool_b.get(), R * K, K, N * R, R};
+      many.ids = ids.data(), many.y = {at.y.get(), N}, many.h = {h.get(), R}, many.threads = 1, many.form = form;
+      return lk::lora_batched_fwd(many);
+    }
     if (mode == "fwd") return lk::lora_linear_fwd(p, {{at.x.get(), K}, w, nullptr, &seed, {at.y.get(), N}, {h.get(), R}, nullptr});
     const lk::Out none = {nullptr, 0};
     lk::lora_linear_bwd(p, {{at.dy.get(), N},

@@ -5,11 +5,7 @@
 #include "pack.h"
 
 namespace {
-#ifdef LK_INTEL  // not measured there
-constexpr int64_t OUTER_ROWS = 0;
-#else
-constexpr int64_t OUTER_ROWS = 16;  // more rows pay for packing
-#endif
+constexpr int64_t OUTER_ROWS = 16;   // more rows pay for packing
 constexpr int64_t OUTER_LANES = 64;  // along k of one block: 128 rows of a bf16 w, which the L2 holds at any pitch
 
 LK_INLINE bool is_outer(const lk::PanelArgs& a) { return a.thin && a.M <= OUTER_ROWS; }

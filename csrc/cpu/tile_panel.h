@@ -13,7 +13,7 @@ constexpr int64_t TILE_KC = 1280;        // lanes along k of one packed block
 constexpr int64_t TILE_STRIP = 320;      // the part of them whose rows stay in the L1 while all columns pass
 constexpr int64_t TILE_PANELS = 4;       // panels packed together: 1.25 MiB of L2
 constexpr int64_t FEW = 64, MORE = 256;  // most rows for which x is packed instead of W
-constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W
+constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W; FEW_PANELS * FEW >= MORE
 constexpr int64_t FEW_OF_ONE = 4;        // rows of one adapter that take its B in place
 // Up to so many rows packing W is a matter of fetching it: longer pieces of its rows, in shallower blocks. dx of M 8, 2048 x 2048 takes 1537 us
 // instead of 1592 (benchmarks/cpu_kernels.cpp).
@@ -58,7 +58,7 @@ struct TileSpace {
     packed = take(depth * across);
     rank = take(RD * across);
     sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * across : (m_rows + BLOCK) * across);
-    turned = take(few ? few_columns * NP : 0);
+    turned = take(few ? (a.segment_R ? FEW * FEW_PANELS : few_columns) * NP : 0);
     segment = take(tile_up(ceil_div(a.segment_R, 2)) * NP);
     segment_sums = take(a.segment_R ? BLOCK * NP : 0);
     segment_h = reinterpret_cast<bf16*>(take(tile_up(ceil_div(a.segment_R, 2)) * BLOCK));
@@ -68,8 +68,10 @@ struct TileSpace {
 };
 
 // Up to FEW_OF_ONE rows of a segment: B's rows are tiles' rows in place, h is packed, and a row of the result is a column of the sums.
-LK_INLINE void add_few(const lk::PanelArgs& a, const lk::Segment& s, int64_t first, int64_t last, const bf16* b, int64_t cols, int64_t m0,
-                       const TileSpace& space, Tile C) {
+LK_INLINE void add_few(const lk::PanelArgs& a, int64_t at, int64_t first, int64_t last, int64_t n0, int64_t cols, int64_t m0, const TileSpace& space,
+                       Tile C) {
+  const lk::Segment& s = a.segments[at];
+  const bf16* b = static_cast<const bf16*>(s.adapter.b) + n0 * a.b.ld;
   const int64_t R = s.adapter.R, depth = tile_up(ceil_div(R, 2));
   for (int64_t k = 0; k < depth; k++) store(space.segment + k * TILE, zero());
   for (int64_t i = first; i < last; i++) {
@@ -80,6 +82,7 @@ LK_INLINE void add_few(const lk::PanelArgs& a, const lk::Segment& s, int64_t fir
   const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(TILE), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
   for (int64_t j = 0; j < cols; j += BLOCK) {
     const int64_t width = min(cols - j, BLOCK);
+    fetch_segment<bf16>(a, at + 1, n0 + j, width);
     const TileRows rows = tile_rows(b + j * a.b.ld, a.b.ld, width, R, space.segment_h);
     tile_block_of(width, TILE, {}, {rows, space.segment, depth, depth / TILE}, {}, {space.segment_sums, TILE}, false);
     for (int64_t i = first; i < last; i++)
@@ -109,7 +112,7 @@ LK_INLINE void add_block(const lk::PanelArgs& a, const lk::Segment& s, int64_t f
   }
 }
 
-// The rank terms of many adapters, onto the finished base in C.
+// The rank terms of many adapters, onto the finished base in C: an adapter's B is read along all columns of the call.
 LK_INLINE void add_tile_segments(const lk::PanelArgs& a, int64_t n, int64_t cols, int64_t m0, int64_t m1, const TileSpace& space, Tile C) {
   for (int64_t i = 0; i < a.segment_count; i++) {
     const lk::Segment& s = a.segments[i];
@@ -118,15 +121,18 @@ LK_INLINE void add_tile_segments(const lk::PanelArgs& a, int64_t n, int64_t cols
     while (first < last && s.rows[first] < m0) first++;
     while (first < last && s.rows[last - 1] >= m1) last--;
     if (!R || first == last) continue;
-    fetch_segment<bf16>(a, i + 1, n, cols);
     const bf16* b = static_cast<const bf16*>(s.adapter.b) + n * a.b.ld;
     if (last - first <= FEW_OF_ONE) {
-      add_few(a, s, first, last, b, cols, m0, space, C);
+      add_few(a, i, first, last, n, cols, m0, space, C);
       continue;
     }
-    pack_nt<bf16, 1>(b, a.b.ld, cols, 0, ceil_div(R, 2), R, space.segment, depth);
-    pad_lanes(space.segment, cols, ceil_div(R, 2), depth);
-    for (; first < last; first += BLOCK) add_block(a, s, first, min(first + BLOCK, last), cols, m0, space, C);
+    for (int64_t j = 0; j < cols; j += NP) {
+      const int64_t width = min(cols - j, NP);
+      fetch_segment<bf16>(a, i + 1, n + j, width);
+      pack_nt<bf16, 1>(b + j * a.b.ld, a.b.ld, width, 0, ceil_div(R, 2), R, space.segment, depth);
+      pad_lanes(space.segment, width, ceil_div(R, 2), depth);
+      for (int64_t r = first; r < last; r += BLOCK) add_block(a, s, r, min(r + BLOCK, last), width, m0, space, {C.p + j, C.ld});
+    }
   }
 }
 
@@ -171,7 +177,7 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
       } while (s0 < depth);
     }
     if (last && a.segments) {
-      for (int64_t j = 0; j < cols; j += NP) add_tile_segments(a, n + j, min(cols - j, NP), m0, m1, s, {s.sums + j, ldc});
+      add_tile_segments(a, n, cols, m0, m1, s, {s.sums, ldc});
       store_rows<bf16, OT>(a, n, cols, m0, m1 - m0, {s.sums, ldc});
     }
     if (last && a.out_t) store_transposed<OT>(a, n, cols, m0, m1, {s.sums, ldc});
@@ -179,8 +185,8 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
   } while (k0 < KD);
 }
 
-// to [rows, NP] <- from [columns, ld], whole tiles
-LK_INLINE void turn(const float* from, int64_t ld, int64_t rows, int64_t cols, float* to) {
+// to [rows, columns] <- from [columns, ld], whole tiles
+LK_INLINE void turn(const float* from, int64_t ld, int64_t rows, int64_t cols, Tile to) {
   for (int64_t m = 0; m < rows; m += L)
     for (int64_t j = 0; j < cols; j += L) {
       V r[L];
@@ -188,7 +194,7 @@ LK_INLINE void turn(const float* from, int64_t ld, int64_t rows, int64_t cols, f
       for (int i = 0; i < L; i++) r[i] = load(from + (j + i) * ld + m);
       transpose(r);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; i++) store(to + (m + i) * NP + j, r[i]);
+      for (int i = 0; i < L; i++) store(to.p + (m + i) * to.ld + j, r[i]);
     }
 }
 
@@ -197,6 +203,14 @@ void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, 
   const TileSpace s(a, true, m1 - m0, ws);
   const int64_t n0 = p0 * NP, n1 = min(a.N, p1 * NP), M = m1 - m0, KD = ceil_div(a.K, 2), RD = ceil_div(a.R, 2);
   const int64_t deepest = tile_depth(a, true), rank_depth = tile_up(RD), ldc = s.few_columns;
+  // Sums of all columns wait for their adapters, so that a B is read in one go: 64 rows of 64 adapters of R 64, 576 x 576, take 686 us instead of 782
+  // (benchmarks/cpu_kernels.cpp many). Of more rows they would not fit the L2.
+  const bool wait = a.segments && a.M <= FEW;
+  const int64_t ldt = wait ? (p1 - p0) * NP : NP;
+  const auto finish_columns = [&](int64_t n, int64_t cols, Tile c) {
+    if (a.segments) add_tile_segments(a, n, cols, m0, m1, s, c);
+    store_rows<bf16, OT>(a, n, cols, m0, M, c);
+  };
   if (a.R) {
     pack_nt<bf16, 1>(static_cast<const bf16*>(a.h.p) + m0 * a.h.ld, a.h.ld, M, 0, RD, a.R, s.rank, rank_depth);
     pad_lanes(s.rank, M, RD, rank_depth);
@@ -220,11 +234,12 @@ void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, 
         tile_block_of(rows, min(M - j, BLOCK), rank_strip, base_strip, {}, {sums + (n - panel) * ldc + j, ldc}, k0 > 0);
       }
       if (last && n + rows == panel + done) {
-        turn(sums, ldc, M, done, s.turned);
-        if (a.segments) add_tile_segments(a, panel, done, m0, m1, s, {s.turned, NP});
-        store_rows<bf16, OT>(a, panel, done, m0, M, {s.turned, NP});
+        const Tile turned = {s.turned + (wait ? panel - n0 : 0), ldt};
+        turn(sums, ldc, M, done, turned);
+        if (!wait) finish_columns(panel, done, turned);
       }
     }
+    if (last && wait) finish_columns(n0, n1 - n0, {s.turned, ldt});
     k0 += deepest;
   } while (k0 < KD);
 }

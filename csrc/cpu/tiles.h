@@ -43,9 +43,13 @@ struct TileRows {
 // keep: of row m and element k on; one of its words is one step's bits.
 LK_INLINE TileRows tile_rows(const bf16* p, int64_t ld, int64_t rows, int64_t K, bf16* to, lk::Mask keep = {}, int64_t m = 0, int64_t k0 = 0) {
   if (!keep.p && rows % TILE == 0 && K % STEP_K == 0) return {p, ld, STEP_K};
-  for (int64_t k = 0; k < K; k += STEP_K)
-    for (int64_t i = 0; i < rows; i++)
-      _mm512_storeu_si512(to + k * BLOCK + i * STEP_K, _mm512_maskz_loadu_epi16(first32(K - k) & keep_bits(keep, m + i, k0 + k), p + i * ld + k));
+  for (int64_t k = 0; k < K; k += STEP_K) {
+    const __mmask32 there = first32(K - k);
+    const bf16* from = p + k;
+    bf16* copy = to + k * BLOCK;
+    for (int64_t i = 0; i < rows; i++, from += ld, copy += STEP_K)
+      _mm512_storeu_si512(copy, _mm512_maskz_loadu_epi16(keep.p ? there & keep_bits(keep, m + i, k0 + k) : there, from));
+  }
   return {to, STEP_K, COPIED_STEP};
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 from pathlib import Path
+
+import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATING = os.environ.get("LORA_KERNELS_EMULATE") == "1"
@@ -28,3 +31,13 @@ if INTERPRETING or EMULATING:
     from lora_kernels.kernels import _launch
 
     _launch.PROGRAMS = 3  # persistent grids of three programs, so that each walks several tiles
+
+
+@pytest.fixture
+def eager_sums():
+    """A context in which PyTorch's products are summed as where the kernels run: on the emulated GPU in one chain, else as on this CPU."""
+    if not EMULATING:
+        return contextlib.nullcontext()
+    from chain import ChainedProducts
+
+    return ChainedProducts()

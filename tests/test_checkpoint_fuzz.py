@@ -255,7 +255,7 @@ CONFIGS = {
     "rank-lie": ({"r": 8}, "wrong shape; got .4, 64.; allowed: .8, 64. by the model and the config's rank 8"),
     "rank-pattern-lie": ({"rank_pattern": {"q_proj": 2}}, "wrong shape"),
     "bias-lie": ({"lora_bias": True}, "disagree on lora_bias"),
-    "more-targets": ({"target_modules": ["q_proj", "k_proj"]}, "names are missing from the file; got model.layers.0.self_attn.k_proj and 1 more"),
+    "more-targets": ({"target_modules": ["q_proj", "k_proj"]}, "names are missing; got model.layers.0.self_attn.k_proj and 1 more"),
 }
 
 

@@ -28,7 +28,8 @@ def test_a_close_while_an_adapter_is_loaded(tmp_path, monkeypatch, lora_bias):
         tensors |= {name.replace("lora_A.weight", "lora_B.bias"): torch.ones(64) for name in tensors if "lora_A" in name}
     write_adapter(tmp_path, tensors, lora_bias=lora_bias)
     pool = AdapterPool(base, max_loras=2, max_rank=4)
-    monkeypatch.setattr(pool_module, "Checkpoint", lambda *args, real=pool_module.Checkpoint: pool.close() or real(*args))
+    open_folder = pool_module.Checkpoint.of_folder
+    monkeypatch.setattr(pool_module.Checkpoint, "of_folder", lambda *args: pool.close() or open_folder(*args))
     with pytest.raises(LoraKernelsError, match="adapter 'a' was not loaded: this AdapterPool is closed"):
         pool.load("a", tmp_path)
     assert (pool.names, pool.stats()["free_slots"]) == ((), 3)

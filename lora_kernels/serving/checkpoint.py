@@ -1,16 +1,19 @@
-"""`Checkpoint`: a PEFT adapter folder, opened, judged and ready to be copied tensor by tensor."""
+"""`Checkpoint`: a PEFT adapter, of a folder or held in memory, judged and ready to be copied tensor by tensor."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._errors import LoraTypeError, LoraValueError, message
-from .peft_config import read_config
+from .held_tensors import HeldTensors
+from .peft_config import PeftConfig, held_config, read_config
 from .tensor_file import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
@@ -45,22 +48,31 @@ class Pair(NamedTuple):
 
 
 class Checkpoint:
-    """`folder` opened against `targets` (module name -> Shape); `pairs` by module name. Close it, or use it as a context manager.
+    """An adapter's config and tensors judged against `targets` (module name -> Shape); `pairs` by module name. Closes `file`; a context manager.
 
     Everything but the values is checked here: what the config asks for, which modules and tensors there are, shapes, ranks.
 
-    Raises: LoraValueError, with the reason. Only adapter_config.json and adapter_model.safetensors are ever opened.
+    Raises: LoraValueError, with the reason.
     """
 
-    def __init__(self, folder: str | os.PathLike, targets: dict[str, Shape], max_rank: int) -> None:
-        folder = _folder(folder)
-        self.config = read_config(folder)
-        self.file = TensorFile(folder / WEIGHTS)
+    def __init__(self, config: PeftConfig, file: TensorFile | HeldTensors, targets: dict[str, Shape], max_rank: int) -> None:
+        self.config, self.file = config, file
         try:
             self.pairs = self._pairs(targets, max_rank)
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike, targets: dict[str, Shape], max_rank: int) -> Checkpoint:
+        """Only adapter_config.json and adapter_model.safetensors are ever opened."""
+        folder = _folder(folder)
+        return cls(read_config(folder), TensorFile(folder / WEIGHTS), targets, max_rank)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], config: object, targets: dict[str, Shape], max_rank: int) -> Checkpoint:
+        """What PEFT would have written there, still in memory."""
+        return cls(held_config(config), HeldTensors(tensors), targets, max_rank)
 
     def close(self) -> None:
         self.file.close()
@@ -74,50 +86,52 @@ class Checkpoint:
     def _pairs(self, targets: dict[str, Shape], max_rank: int) -> dict[str, Pair]:
         found: dict[str, dict[str, str]] = {}
         for key in self.file.entries:
-            module, part = _split(key)
+            module, part = self._split(key)
             if part in found.setdefault(module, {}):
-                raise _bad(f"{module} has two tensors {part}", f"{found[module][part]} and {key}")
+                raise self._bad(f"{module} has two tensors {part}", f"{found[module][part]} and {key}")
             found[module][part] = key
         if not found:
-            raise _bad("the file holds no tensors")
+            raise self._bad("there are no tensors")
         unknown = [m for m in found if m not in targets]
         if unknown:
             kinds = ", ".join(sorted({t.rsplit(".", 1)[-1] for t in targets}))
-            raise _bad(
+            raise self._bad(
                 "it adapts modules that the pool does not serve", _some(unknown, 3), f"linear layers named {kinds}", "name them in target_modules"
             )
         if missing := self.config.missing(found, targets):
-            raise _bad("modules that adapter_config.json names are missing from the file", _some(missing), fix="fetch or save the adapter again")
+            raise self._bad("modules that adapter_config.json names are missing", _some(missing), fix="fetch or save the adapter again")
         pairs = {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}
         if foreign := [m for m in pairs if m not in self.config.selected]:
-            raise _bad("it adapts modules that its adapter_config.json leaves out", _some(foreign), fix="fetch or save the adapter again")
+            raise self._bad("it adapts modules that its adapter_config.json leaves out", _some(foreign), fix="fetch or save the adapter again")
         return pairs
 
     def _pair(self, module: str, parts: dict[str, str], shape: Shape, max_rank: int) -> Pair:
         if missing := {"lora_A.weight", "lora_B.weight"} - parts.keys():
-            raise _bad(f"{module} lacks {' and '.join(sorted(missing))}")
+            raise self._bad(f"{module} lacks {' and '.join(sorted(missing))}")
         a, b, bias = parts["lora_A.weight"], parts["lora_B.weight"], parts.get("lora_B.bias")
         if (bias is not None) != self.config.lora_bias:
-            raise _bad(f"{module}: config and file disagree on lora_bias", f"config {self.config.lora_bias}, file {bias is not None}")
+            raise self._bad(f"{module}: config and file disagree on lora_bias", f"config {self.config.lora_bias}, file {bias is not None}")
         rank, scaling = self.config.rank_and_scaling(module)
         expected = {a: (rank, shape.K), b: (shape.N, rank)} | ({bias: (shape.N,)} if bias else {})
         for key, wanted in expected.items():
             if (got := self.file.entries[key].shape) != wanted:
-                raise _bad(f"{key} has the wrong shape", list(got), f"{list(wanted)} by the model and the config's rank {rank}")
+                raise self._bad(f"{key} has the wrong shape", list(got), f"{list(wanted)} by the model and the config's rank {rank}")
         if rank > max_rank:
-            raise _bad(f"{module} has a rank above the pool's", rank, f"at most max_rank {max_rank}", f"AdapterPool(max_rank={rank})")
+            raise self._bad(f"{module} has a rank above the pool's", rank, f"at most max_rank {max_rank}", f"AdapterPool(max_rank={rank})")
         if not abs(scaling) <= torch.finfo(torch.float32).max:
-            raise _bad(f"{module}: the scaling by adapter_config.json is not finite in float32", f"{scaling:g}", fix="look at lora_alpha")
+            raise self._bad(f"{module}: the scaling by adapter_config.json is not finite in float32", f"{scaling:g}", fix="look at lora_alpha")
         return Pair(a, b, bias, rank, scaling)
 
+    def _split(self, key: str) -> tuple[str, str]:
+        """(module, lora_A.weight | lora_B.weight | lora_B.bias)"""
+        if match := _KEY.fullmatch(key):
+            return match["module"], match["part"]
+        kind = next((kind for part, kind in _FOREIGN.items() if part in key), None)
+        shown = key if len(key) <= 120 else key[:117] + "..."
+        raise self._bad(f"a tensor that cannot be served{': ' + kind if kind else ''}", shown, "MODULE.lora_A.weight, .lora_B.weight, .lora_B.bias")
 
-def _split(key: str) -> tuple[str, str]:
-    """(module, lora_A.weight | lora_B.weight | lora_B.bias)"""
-    if match := _KEY.fullmatch(key):
-        return match["module"], match["part"]
-    kind = next((kind for part, kind in _FOREIGN.items() if part in key), None)
-    shown = key if len(key) <= 120 else key[:117] + "..."
-    raise _bad(f"a tensor that cannot be served{': ' + kind if kind else ''}", shown, "MODULE.lora_A.weight, .lora_B.weight, .lora_B.bias")
+    def _bad(self, what: str, got: object = None, allowed: object = None, fix: str | None = None) -> LoraValueError:
+        return LoraValueError(message(f"{self.file.name}: {what}", got, allowed, fix))
 
 
 def _folder(folder: str | os.PathLike) -> Path:
@@ -142,7 +156,3 @@ def _folder(folder: str | os.PathLike) -> Path:
 
 def _some(modules: list[str], most: int = 1) -> str:
     return ", ".join(modules[:most]) + (f" and {len(modules) - most} more" if len(modules) > most else "")
-
-
-def _bad(what: str, got: object = None, allowed: object = None, fix: str | None = None) -> LoraValueError:
-    return LoraValueError(message(f"{WEIGHTS}: {what}", got, allowed, fix))

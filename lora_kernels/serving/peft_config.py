@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._errors import LoraValueError, message
+from .._errors import LoraTypeError, LoraValueError, message
 from .name_patterns import Overrides, Selection, Trials, bad, short
 from .tensor_file import open_regular, parse_json, reading
 
@@ -78,7 +78,19 @@ def read_config(folder: Path) -> PeftConfig:
         text = file.read(MAX_CONFIG + 1)
     if len(text) > MAX_CONFIG:
         raise LoraValueError(message("adapter_config.json is too large", f"over {MAX_CONFIG} bytes", f"at most {MAX_CONFIG}"))
-    raw = parse_json(text, "adapter_config.json")
+    return judged(parse_json(text, "adapter_config.json"))
+
+
+def held_config(config: object) -> PeftConfig:
+    """As read_config, of a `peft.LoraConfig`, or of what its file would hold, as a dict."""
+    raw = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(raw, Mapping):
+        raise LoraTypeError(message("the adapter's config is none", type(config).__name__, "a peft.LoraConfig, or a dict as its file holds"))
+    return judged({key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in raw.items()})
+
+
+def judged(raw: dict) -> PeftConfig:
+    """Raises LoraValueError: an option that cannot be served, values that are no ranks or numbers."""
     _refuse(raw)
     trials = Trials()
     return PeftConfig(

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -137,22 +137,23 @@ class AdapterPool:
                 the pool does not serve, or a kind of adapter that is more than plain LoRA (DoRA, modules_to_save, PiSSA, ...).
             LoraKernelsError: no slot became free in time; the pool is closed.
         """
-        start = time.perf_counter()
-        if not isinstance(name, str) or not name:
-            raise LoraValueError(message("an adapter's name is no name", repr(name)[:80], "a string that is not empty"))
-        try:
-            shapes, shards = self._shapes, self._shards  # before the question: a close from now on takes them from the pool alone
-            self._check_open()
-            with Checkpoint(folder, shapes, self.max_rank) as checkpoint, self._slots.writing(timeout) as slot:
-                adapter = self._write(name, checkpoint, slot, shards)
-                with self._lock:  # a close comes before, or forgets the adapter with the others
-                    self._check_open()
-                    self._slots.publish(adapter)
-        except LoraKernelsError as error:
-            with self._lock:
-                self._refused += 1
-            raise type(error)(f"adapter {name!r} was not loaded: {error}") from error.__cause__
-        return Loaded(name, len(adapter.modules), adapter.max_rank, adapter.size, time.perf_counter() - start)
+        return self._load(name, lambda shapes: Checkpoint.of_folder(folder, shapes, self.max_rank), timeout)
+
+    def load_tensors(self, name: str, tensors: Mapping[str, Tensor], config: object, timeout: float = 10.0) -> Loaded:
+        """Load an adapter that is in memory, as of a trainer whose next rollout uses it:
+
+            pool.load_tensors("policy", peft.get_peft_model_state_dict(model), model.peft_config["default"])
+
+        Equivalent to: `load` of the folder that `save_pretrained` would write, without the files. The pool's model is another than the trainer's.
+
+        Args:
+            tensors: by PEFT's names, on any device; copied, so that training may go on once this has returned.
+            config: a `peft.LoraConfig`, or a dict as adapter_config.json holds.
+            timeout: as of `load`.
+
+        Raises: as `load`; LoraTypeError for what is no mapping of plain tensors (shards of FSDP have to be gathered), or no config.
+        """
+        return self._load(name, lambda shapes: Checkpoint.of_tensors(tensors, config, shapes, self.max_rank), timeout)
 
     def evict(self, name: str) -> None:
         """Forget an adapter. Batches that run now go on using it. Raises LoraValueError when it is not loaded, or pinned."""
@@ -237,6 +238,24 @@ class AdapterPool:
         return f"AdapterPool({state}, max_rank {self.max_rank})"
 
     # -------------------------------------------------------------------------------------------------------------- details
+
+    def _load(self, name: str, opened: Callable[[dict[str, Shape]], Checkpoint], timeout: float) -> Loaded:
+        start = time.perf_counter()
+        if not isinstance(name, str) or not name:
+            raise LoraValueError(message("an adapter's name is no name", repr(name)[:80], "a string that is not empty"))
+        try:
+            shapes, shards = self._shapes, self._shards  # before the question: a close from now on takes them from the pool alone
+            self._check_open()
+            with opened(shapes) as checkpoint, self._slots.writing(timeout) as slot:
+                adapter = self._write(name, checkpoint, slot, shards)
+                with self._lock:  # a close comes before, or forgets the adapter with the others
+                    self._check_open()
+                    self._slots.publish(adapter)
+        except LoraKernelsError as error:
+            with self._lock:
+                self._refused += 1
+            raise type(error)(f"adapter {name!r} was not loaded: {error}") from error.__cause__
+        return Loaded(name, len(adapter.modules), adapter.max_rank, adapter.size, time.perf_counter() - start)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,4 +1,4 @@
-"""`Staging`: adapter tensors from a file into slab slots; over pinned memory and a stream of its own where the slabs are on a GPU."""
+"""`Staging`: adapter tensors from a file or from memory into slab slots; over pinned memory and a stream of its own where the slabs are on a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._errors import LoraValueError, message
+from .held_tensors import HeldTensors
 from .tensor_file import TensorFile
 
 
@@ -47,10 +48,10 @@ class Staging:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def copy(self, file: TensorFile, name: str, target: Tensor, scale: float = 1.0) -> int:
-        """Write scale * the file's tensor `name` into `target`, cast to its dtype. Returns the bytes read.
+    def copy(self, file: TensorFile | HeldTensors, name: str, target: Tensor, scale: float = 1.0) -> int:
+        """Write scale * the tensor `name` into `target`, cast to its dtype. Returns the bytes read.
 
-        Raises LoraValueError: the file ends too early; a value that is not finite in the file or in target's dtype.
+        Raises LoraValueError: the file ends too early; a value that is not finite there or in target's dtype.
         """
         buffers = self._ring[self._turn]
         self._turn = (self._turn + 1) % len(self._ring)
@@ -67,7 +68,7 @@ class Staging:
         elif tensor.dtype != target.dtype:
             tensor = tensor.to(target.dtype)
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # one pass; NaN goes through
-            fix = None if tensor.dtype == entry.dtype else "if it is finite in the file, give AdapterPool(dtype=torch.float32)"
+            fix = None if tensor.dtype == entry.dtype else "if it is finite there, give AdapterPool(dtype=torch.float32)"
             raise LoraValueError(message(f"{name} holds values that are not finite", f"NaN or inf in {target.dtype}", fix=fix))
         target.copy_(tensor, non_blocking=True)
         buffers.sent = self._stream.record_event() if self._stream is not None else None

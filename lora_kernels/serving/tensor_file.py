@@ -84,7 +84,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._name = path.name
+        self.name = path.name
         self._file = open_regular(path)
         try:
             self.entries = self._header(os.fstat(self._file.fileno()).st_size)
@@ -107,7 +107,7 @@ class TensorFile:
         size = entry.end - entry.start
         target = memoryview((ctypes.c_char * size).from_address(buffer.data_ptr())).cast("B")
         done = 0
-        with reading(self._name):
+        with reading(self.name):
             self._file.seek(self._data + entry.start)
             while done < size and (got := self._file.readinto(target[done:])):
                 done += got
@@ -121,7 +121,7 @@ class TensorFile:
         length = int.from_bytes(self._exactly(8), "little")
         if length > min(file_size - 8, MAX_HEADER):
             raise self._bad("the declared header size does not fit", f"{length} bytes", f"at most {min(file_size - 8, MAX_HEADER)}")
-        header = parse_json(self._exactly(length), f"the header of {self._name}")
+        header = parse_json(self._exactly(length), f"the header of {self.name}")
         header.pop("__metadata__", None)
         self._data = 8 + length
         entries = {name: self._entry(name, value) for name, value in header.items()}
@@ -150,7 +150,7 @@ class TensorFile:
 
     def _exactly(self, size: int) -> bytes:
         parts = []
-        with reading(self._name):
+        with reading(self.name):
             while size and (part := self._file.read(size)):
                 parts.append(part)
                 size -= len(part)
@@ -159,7 +159,7 @@ class TensorFile:
         return b"".join(parts)
 
     def _bad(self, what: str, got: object = None, allowed: object = None, fix: str | None = None) -> LoraValueError:
-        return LoraValueError(message(f"{self._name}: {what}", got, allowed, fix))
+        return LoraValueError(message(f"{self.name}: {what}", got, allowed, fix))
 
 
 def _sizes(value: object) -> bool:

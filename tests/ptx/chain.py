@@ -1,4 +1,4 @@
-"""fp32 products summed as a GPU's cores sum them, in one chain over k: the eager that an emulated kernel stands beside. MKL's sums are of many chains."""
+"""fp32 products summed in one chain over k, as a GPU's cores do: what an emulated kernel stands beside. MKL sums in many chains."""
 
 from __future__ import annotations
 

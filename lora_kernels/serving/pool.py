@@ -16,11 +16,11 @@ from .. import _checks, _device
 from .._errors import LoraKernelsError, LoraTypeError, LoraValueError, message
 from . import layers
 from .batch import Batch, Current, watch
-from .checkpoint import Checkpoint, Pair, Shape
+from .checkpoint import Checkpoint, Shape
+from .fill import fill
 from .layers import Group, Shard, Target
 from .peft_config import MAX_RANK
 from .slots import Adapter, Slots
-from .staging import Staging
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -247,7 +247,11 @@ class AdapterPool:
             shapes, shards = self._shapes, self._shards  # before the question: a close from now on takes them from the pool alone
             self._check_open()
             with opened(shapes) as checkpoint, self._slots.writing(timeout) as slot:
-                adapter = self._write(name, checkpoint, slot, shards)
+                if checkpoint.config.lora_bias:
+                    self._allocate_biases()
+                size = fill(checkpoint, slot, shards, list(self._last_use.pop(slot, {}).values()))
+                modules = frozenset(t.index for shard in shards for t in shard.targets if t.name in checkpoint.pairs)
+                adapter = Adapter(name, slot, modules, checkpoint.config.lora_bias, max(p.rank for p in checkpoint.pairs.values()), size)
                 with self._lock:  # a close comes before, or forgets the adapter with the others
                     self._check_open()
                     self._slots.publish(adapter)
@@ -260,23 +264,6 @@ class AdapterPool:
     def _check_open(self) -> None:
         if self._closed:
             raise LoraKernelsError(message("this AdapterPool is closed", fix="make a new one"))
-
-    @torch.no_grad()
-    def _write(self, name: str, checkpoint: Checkpoint, slot: int, shards: Sequence[Shard]) -> Adapter:
-        """Fill `slot`, which nobody reads yet."""
-        if checkpoint.config.lora_bias:
-            self._allocate_biases()
-        events, size = list(self._last_use.pop(slot, {}).values()), 0
-        for shard in shards:
-            with Staging(shard.device, events) as staging:
-                for target in shard.targets:
-                    size += _copy(staging, checkpoint, checkpoint.pairs.get(target.name), target, slot)
-                pairs = [(checkpoint.pairs.get(t.name), t) for t in shard.targets]
-                scalings = [p.scaling / _folded(p, t) if p else 0.0 for p, t in pairs]
-                shard.ranks[:, slot].copy_(torch.tensor([p.rank if p else 0 for p, _ in pairs], dtype=torch.int32, device="cpu"))
-                shard.scalings[:, slot].copy_(torch.tensor(scalings, dtype=torch.float32, device="cpu"))
-        modules = frozenset(t.index for shard in shards for t in shard.targets if t.name in checkpoint.pairs)
-        return Adapter(name, slot, modules, checkpoint.config.lora_bias, max(p.rank for p in checkpoint.pairs.values()), size)
 
     def _allocate_biases(self) -> None:
         with self._lock:
@@ -315,24 +302,6 @@ class AdapterPool:
                 for slot in {a.slot for a in adapters if a is not None}:
                     self._last_use.setdefault(slot, {})[stream.cuda_stream] = event
         self._slots.release(adapters)
-
-
-def _folded(pair: Pair, target: Target) -> float:
-    """The part of the scaling that goes into B: in float16 all of one above 1, as s h may overflow where h does not."""
-    return pair.scaling if target.layer.weight.dtype == torch.float16 and abs(pair.scaling) > 1 else 1.0
-
-
-def _copy(staging: Staging, checkpoint: Checkpoint, pair: Pair | None, target: Target, slot: int) -> int:
-    """One layer's part of an adapter into its slot; returns the bytes read. Slab entries past the rank are never read."""
-    group, i, size = target.group, target.place, 0
-    if pair is not None:
-        size += staging.copy(checkpoint.file, pair.a, group.slabs_a[i][slot, : pair.rank])
-        size += staging.copy(checkpoint.file, pair.b, group.slabs_b[i][slot, :, : pair.rank], scale=_folded(pair, target))
-        if pair.bias is not None:
-            return size + staging.copy(checkpoint.file, pair.bias, group.biases[i][slot], scale=pair.scaling)
-    if group.biases is not None:
-        group.biases[i][slot] = -0.0
-    return size
 
 
 def _check_count(what: str, value: object, most: int) -> None:

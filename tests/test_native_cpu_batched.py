@@ -88,6 +88,24 @@ def test_some_rows_of_an_adapter_among_many(isa):
         check(args)
 
 
+@pytest.mark.parametrize("shape", [(64, 1024, 600), (16, 1024, 64), (40, 250, 70), (64, 1024, 2048)], ids=lambda s: "M{}-N{}-K{}".format(*s))
+def test_adapters_of_rank_0_alone(isa, shape):
+    """As the adapters of a pool that leave a layer out: sums must not wait in room that is made for ranks."""
+    M, N, K = shape
+    args = problem(M, Ns=(N,), K=K, R=8, L=2, dtype=bf16)
+    args[6] = torch.zeros(1, 2, dtype=torch.int32)
+    with plan.forced("panels"):
+        check(args)
+
+
+def test_a_pool_whose_b_is_one_row_for_all_columns(isa):
+    args = problem(40, Ns=(70,), K=33, L=3, dtype=bf16)
+    args[4] = [args[4][0][:, :1].expand(-1, 70, -1)]
+    for form in ("in_place", "panels"):
+        with plan.forced(form):
+            check(args)
+
+
 def test_large_ranks(isa):
     for form in ("in_place", "panels"):
         with plan.forced(form):

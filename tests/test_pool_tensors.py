@@ -64,8 +64,24 @@ def test_the_trainers_tensors_are_not_touched(dtype):
     assert all(torch.equal(tensors[k], kept[k]) for k in kept)
 
 
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), {"q_proj", "v_proj"}, r".*\.[qv]_proj", "all-linear"], ids=repr)
+def test_target_modules_in_every_form(base, tensors, modules):
+    with AdapterPool(base, 3, 4) as pool:
+        pool.load_tensors("a", tensors, CONFIG)
+        pool.load_tensors("b", tensors, peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules))
+        pool.load_tensors("c", tensors, CONFIG | {"target_modules": modules})
+        assert torch.equal(logits(base, pool, "b"), logits(base, pool, "a"))
+        assert torch.equal(logits(base, pool, "c"), logits(base, pool, "a"))
+
+
 class Sharded(torch.Tensor):
     """Stands for a DTensor."""
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -74,14 +90,22 @@ REFUSED = {
     "the-model": (lambda t: torch.nn.Linear(1, 1), CONFIG, LoraTypeError, "fix: peft.get_peft_model_state_dict"),
     "no-tensor": (lambda t: t | {Q: [1.0]}, CONFIG, LoraTypeError, "malformed; got '.*lora_A.weight': list"),
     "no-name": (lambda t: t | {7: torch.zeros(1)}, CONFIG, LoraTypeError, "malformed; got 7: Tensor"),
-    "sparse": (lambda t: t | {Q: t[Q].to_sparse()}, CONFIG, LoraTypeError, "cannot be read; got Tensor on cpu, torch.sparse_coo"),
-    "meta": (lambda t: t | {Q: t[Q].to("meta")}, CONFIG, LoraTypeError, "cannot be read; got Tensor on meta"),
-    "a-shard": (lambda t: t | {Q: t[Q].as_subclass(Sharded)}, CONFIG, LoraTypeError, "got Sharded .*full_tensor"),
+    "sparse": (lambda t: t | {Q: t[Q].to_sparse()}, CONFIG, LoraTypeError, "cannot be read; got torch.sparse_coo on cpu"),
+    "meta": (lambda t: t | {Q: t[Q].to("meta")}, CONFIG, LoraTypeError, "cannot be read; got torch.strided on meta"),
+    "a-shard": (lambda t: t | {Q: t[Q].as_subclass(Sharded)}, CONFIG, LoraTypeError, "got Sharded; .*full_tensor"),
+    "nested": (lambda t: t | {Q: torch.nested.nested_tensor([t[Q]])}, CONFIG, LoraTypeError, "cannot be read"),
+    "lazy": (lambda t: t | {Q: torch.nn.UninitializedParameter()}, CONFIG, LoraTypeError, "got UninitializedParameter"),
+    "freed": (lambda t: t | {Q: freed(t[Q])}, CONFIG, LoraValueError, "storage was freed or shrunk"),
     "integers": (lambda t: t | {Q: t[Q].int()}, CONFIG, LoraTypeError, "unsupported dtype; got torch.int32"),
     "none": (lambda t: {}, CONFIG, LoraValueError, "there are no tensors"),
     "a-rank-less": (lambda t: t | {Q: t[Q][:3]}, CONFIG, LoraValueError, "the adapter's tensors: .* has the wrong shape"),
     "nan": (lambda t: t | {Q: t[Q] * float("nan")}, CONFIG, LoraValueError, "not finite"),
     "no-config": (lambda t: t, None, LoraTypeError, "config is none; got NoneType"),
+    "a-configs-class": (lambda t: t, peft.LoraConfig, LoraTypeError, "config is none; got type"),
+    "tuples-as-keys": (lambda t: t, CONFIG | {"rank_pattern": {("q_proj",): 4}}, LoraTypeError, "config is none"),
+    "an-array": (lambda t: t, CONFIG | {"use_dora": torch.zeros(2)}, LoraValueError, "DoRA"),
+    "names-of-two-kinds": (lambda t: t, CONFIG | {"target_modules": {"q_proj", 1}}, LoraValueError, "target_modules is malformed"),
+    "nan-alpha": (lambda t: t, CONFIG | {"lora_alpha": float("nan")}, LoraValueError, "lora_alpha is no finite number"),
     "dora": (lambda t: t, CONFIG | {"use_dora": True}, LoraValueError, "DoRA"),
     "rank-0": (lambda t: t, CONFIG | {"r": 0}, LoraValueError, "r is no rank"),
     "pissa": (lambda t: t, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa"), LoraValueError, "pissa"),

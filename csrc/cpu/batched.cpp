@@ -88,8 +88,9 @@ void lora_batched_fwd(const Batched& b) {
   std::vector<Segment> segments;
   int64_t widest = 0;
   for (const int32_t l : order.adapters) {
-    segments.push_back({{B.at[static_cast<size_t>(l)], rank_of(b, l)}, order.of(l), order.count(l)});
-    widest = std::max(widest, rank_of(b, l));
+    const int64_t R = rank_of(b, l);
+    if (R) segments.push_back({{B.at[static_cast<size_t>(l)], R}, order.of(l), order.count(l)});
+    widest = std::max(widest, R);
   }
   PanelArgs p{};
   p.M = b.M, p.N = b.N, p.K = b.K, p.x = b.x, p.w = b.w, p.h = h, p.b.ld = B.ld, p.nt = true, p.bias = b.bias, p.alpha = 1.f, p.out = b.y;

@@ -114,7 +114,7 @@ template <class T>
 LK_INLINE void fetch_segment(const lk::PanelArgs& a, int64_t i, int64_t n, int64_t cols) {
   if (i >= a.segment_count) return;
   const int64_t row_bytes = a.b.ld * static_cast<int64_t>(sizeof(T)), used = a.segments[i].adapter.R * static_cast<int64_t>(sizeof(T));
-  const int64_t rows_of_a_line = row_bytes < 64 ? 64 / row_bytes : 1;
+  const int64_t rows_of_a_line = row_bytes > 0 && row_bytes < 64 ? 64 / row_bytes : 1;
   const char* next = static_cast<const char*>(a.segments[i].adapter.b) + n * row_bytes;
   for (int64_t j = 0; j < cols; j += rows_of_a_line)
     for (int64_t at = 0; at < used; at += 64) prefetch(next + j * row_bytes + at);

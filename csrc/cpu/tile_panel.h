@@ -205,7 +205,7 @@ void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, 
   const int64_t deepest = tile_depth(a, true), rank_depth = tile_up(RD), ldc = s.few_columns;
   // Sums of all columns wait for their adapters, so that a B is read in one go: 64 rows of 64 adapters of R 64, 576 x 576, take 686 us instead of 782
   // (benchmarks/cpu_kernels.cpp many). Of more rows they would not fit the L2.
-  const bool wait = a.segments && a.M <= FEW;
+  const bool wait = a.segment_R && a.M <= FEW;
   const int64_t ldt = wait ? (p1 - p0) * NP : NP;
   const auto finish_columns = [&](int64_t n, int64_t cols, Tile c) {
     if (a.segments) add_tile_segments(a, n, cols, m0, m1, s, c);

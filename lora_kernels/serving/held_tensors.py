@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._errors import LoraTypeError, message
+from ..ops._call import check_memory
 from .tensor_file import DTYPES, Entry
 
 
 class HeldTensors:
     """Tensors by name on any device, brought to the CPU here, on the caller's stream; those on the CPU are read where they lie.
 
-    Raises LoraTypeError: no mapping of names to plain, dense tensors of float64, float32, float16 or bfloat16.
+    Raises LoraTypeError: no mapping of names to plain, dense tensors of float64, float32, float16 or bfloat16. LoraValueError: freed storage.
     """
 
     name = "the adapter's tensors"
@@ -27,13 +28,14 @@ class HeldTensors:
         for key, given in tensors.items():
             if not isinstance(key, str) or not isinstance(given, Tensor):
                 raise LoraTypeError(message(f"{self.name} are malformed", f"{key!r:.80}: {type(given).__name__}", "name -> tensor"))
-            tensor = given.detach()
-            if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
-                got = f"{type(given).__name__} on {given.device}, {given.layout}"
+            plain = type(given) in (Tensor, nn.Parameter)
+            if not plain or given.layout != torch.strided or given.is_nested or given.is_meta:
+                got = f"{given.layout} on {given.device}" if plain else type(given).__name__
                 raise LoraTypeError(message(f"{key} cannot be read", got, "a plain dense tensor", "gather it first: DTensor.full_tensor()"))
-            if tensor.dtype not in DTYPES.values():
-                raise LoraTypeError(message(f"{key} has an unsupported dtype", tensor.dtype, ", ".join(map(str, DTYPES.values()))))
-            self._tensors[key] = tensor.cpu()
+            if given.dtype not in DTYPES.values():
+                raise LoraTypeError(message(f"{key} has an unsupported dtype", given.dtype, ", ".join(map(str, DTYPES.values()))))
+            check_memory(key, given)
+            self._tensors[key] = given.detach().cpu()
         self.entries = {key: Entry(t.dtype, tuple(t.shape), 0, t.numel() * t.element_size()) for key, t in self._tensors.items()}
 
     def read(self, name: str, buffer: Tensor) -> Tensor:

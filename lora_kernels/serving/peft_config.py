@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -82,11 +83,22 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def held_config(config: object) -> PeftConfig:
-    """As read_config, of a `peft.LoraConfig`, or of what its file would hold, as a dict."""
-    raw = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(raw, Mapping):
-        raise LoraTypeError(message("the adapter's config is none", type(config).__name__, "a peft.LoraConfig, or a dict as its file holds"))
-    return judged({key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in raw.items()})
+    """As read_config, of a `peft.LoraConfig`, or of what its file would hold, as a dict. Goes through JSON as the file does.
+
+    Raises LoraTypeError: neither of them. LoraValueError: as read_config.
+    """
+    try:
+        raw = dict(config if isinstance(config, Mapping) else config.to_dict())
+        text = json.dumps(raw, default=_as_json)
+    except Exception as error:
+        got = type(config).__name__ if isinstance(config, (Mapping, type(None))) else f"{type(config).__name__}: {error}"[:120]
+        raise LoraTypeError(message("the adapter's config is none", got, "a peft.LoraConfig, or a dict as its file holds")) from error
+    return judged(parse_json(text.encode(), "the adapter's config"))
+
+
+def _as_json(value: object) -> object:
+    """Sets as PEFT writes them; what no JSON file could hold as the text that a refusal shows."""
+    return list(value) if isinstance(value, (set, frozenset)) else repr(value)
 
 
 def judged(raw: dict) -> PeftConfig:

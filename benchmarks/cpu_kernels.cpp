@@ -77,7 +77,9 @@ int main(int argc, char** argv) {
     const Weights& of = weights[turn++ % weights.size()];
     const lk::In w = {of.w.get(), K};
     if (mode == "many") {
-      lk::Batched many{M, N, K, R, L, type, type, type, {at.x.get(), K}, w, nullptr, of.pool_a.get(), of.pool_b.get(), R * K, K, N * R, R};
+      lk::Batched many{};
+      many.M = M, many.N = N, many.K = K, many.R = R, many.L = L, many.type = many.a_type = many.b_type = type, many.x = {at.x.get(), K}, many.w = w;
+      many.pool_a = of.pool_a.get(), many.a_stride = R * K, many.lda = K, many.pool_b = of.pool_b.get(), many.b_stride = N * R, many.ldb = R;
       many.ids = ids.data(), many.y = {at.y.get(), N}, many.h = {h.get(), R}, many.threads = 1, many.form = form;
       return lk::lora_batched_fwd(many);
     }

@@ -64,7 +64,10 @@ def test_the_trainers_tensors_are_not_touched(dtype):
     assert all(torch.equal(tensors[k], kept[k]) for k in kept)
 
 
-@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), {"q_proj", "v_proj"}, r".*\.[qv]_proj", "all-linear"], ids=repr)
+FORMS = {"tuple": ("q_proj", "v_proj"), "set": {"q_proj", "v_proj"}, "pattern": r".*\.[qv]_proj", "all-linear": "all-linear"}
+
+
+@pytest.mark.parametrize("modules", FORMS.values(), ids=FORMS)
 def test_target_modules_in_every_form(base, tensors, modules):
     with AdapterPool(base, 3, 4) as pool:
         pool.load_tensors("a", tensors, CONFIG)

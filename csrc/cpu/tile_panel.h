@@ -13,7 +13,7 @@ constexpr int64_t TILE_KC = 1280;        // lanes along k of one packed block
 constexpr int64_t TILE_STRIP = 320;      // the part of them whose rows stay in the L1 while all columns pass
 constexpr int64_t TILE_PANELS = 4;       // panels packed together: 1.25 MiB of L2
 constexpr int64_t FEW = 64, MORE = 256;  // most rows for which x is packed instead of W
-constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W; FEW_PANELS * FEW >= MORE
+constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W
 constexpr int64_t FEW_OF_ONE = 4;        // rows of one adapter that take its B in place
 // Up to so many rows packing W is a matter of fetching it: longer pieces of its rows, in shallower blocks. dx of M 8, 2048 x 2048 takes 1537 us
 // instead of 1592 (benchmarks/cpu_kernels.cpp).
@@ -58,6 +58,7 @@ struct TileSpace {
     packed = take(depth * across);
     rank = take(RD * across);
     sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * across : (m_rows + BLOCK) * across);
+    static_assert(FEW * FEW_PANELS >= MORE);
     turned = take(few ? (a.segment_R ? FEW * FEW_PANELS : few_columns) * NP : 0);
     segment = take(tile_up(ceil_div(a.segment_R, 2)) * NP);
     segment_sums = take(a.segment_R ? BLOCK * NP : 0);

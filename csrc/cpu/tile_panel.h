@@ -209,7 +209,7 @@ void tile_panel_few(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, 
   const bool wait = a.segment_R && a.M <= FEW;
   const int64_t ldt = wait ? (p1 - p0) * NP : NP;
   const auto finish_columns = [&](int64_t n, int64_t cols, Tile c) {
-    if (a.segments) add_tile_segments(a, n, cols, m0, m1, s, c);
+    add_tile_segments(a, n, cols, m0, m1, s, c);
     store_rows<bf16, OT>(a, n, cols, m0, M, c);
   };
   if (a.R) {

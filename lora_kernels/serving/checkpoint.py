@@ -17,6 +17,7 @@ from .peft_config import PeftConfig, held_config, read_config
 from .tensor_file import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
+AGAIN = "fetch or save the adapter again, or give its own config"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -99,10 +100,10 @@ class Checkpoint:
                 "it adapts modules that the pool does not serve", _some(unknown, 3), f"linear layers named {kinds}", "name them in target_modules"
             )
         if missing := self.config.missing(found, targets):
-            raise self._bad("modules that adapter_config.json names are missing", _some(missing), fix="fetch or save the adapter again")
+            raise self._bad("modules that adapter_config.json names are missing", _some(missing), fix=AGAIN)
         pairs = {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}
         if foreign := [m for m in pairs if m not in self.config.selected]:
-            raise self._bad("it adapts modules that its adapter_config.json leaves out", _some(foreign), fix="fetch or save the adapter again")
+            raise self._bad("it adapts modules that its adapter_config.json leaves out", _some(foreign), fix=AGAIN)
         return pairs
 
     def _pair(self, module: str, parts: dict[str, str], shape: Shape, max_rank: int) -> Pair:

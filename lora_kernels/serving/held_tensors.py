@@ -30,8 +30,8 @@ class HeldTensors:
                 raise LoraTypeError(message(f"{self.name} are malformed", f"{key!r:.80}: {type(given).__name__}", "name -> tensor"))
             plain = type(given) in (Tensor, nn.Parameter)
             if not plain or given.layout != torch.strided or given.is_nested or given.is_meta:
-                got = f"{given.layout} on {given.device}" if plain else type(given).__name__
-                raise LoraTypeError(message(f"{key} cannot be read", got, "a plain dense tensor", "gather it first: DTensor.full_tensor()"))
+                got, fix = (f"{given.layout} on {given.device}", None) if plain else (type(given).__name__, "gather it first: DTensor.full_tensor()")
+                raise LoraTypeError(message(f"{key} cannot be read", got, "a plain dense tensor", fix))
             if given.dtype not in DTYPES.values():
                 raise LoraTypeError(message(f"{key} has an unsupported dtype", given.dtype, ", ".join(map(str, DTYPES.values()))))
             check_memory(key, given)

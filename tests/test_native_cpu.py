@@ -184,6 +184,8 @@ def test_same_bits_on_any_number_of_threads(isa, form):
         (200, 200, 170, bf16, 0.2),
         (300, 200, 170, fp32, 0.0),
         (1050, 70, 700, fp32, 0.0),
+        (1050, 650, 130, bf16, 0.2),
+        (1050, 130, 1300, bf16, 0.0),
     ]:
         c = Case.random(M, N, K, 16, dtype, dropout_p=p)
         results = []

@@ -40,5 +40,6 @@ constexpr uint32_t ALL = 0xffffffffu;
 LK_INLINE uint32_t keep_bits(const lk::Mask& mask, int64_t row, int64_t c) { return mask.p ? mask.p[row * mask.ld + (c >> 5)] >> (c & 31) : ALL; }
 
 LK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+LK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 LK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace

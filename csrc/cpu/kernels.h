@@ -85,9 +85,10 @@ constexpr int64_t kPanel = 64;  // columns of one panel
 constexpr int64_t kBroad = 4;   // panels of one broad block
 // How much of a product one panel call takes well.
 struct PanelBlock {
-  int64_t rows;      // most rows, so that their fp32 sums stay in the cache
-  int64_t panels;    // most panels, all rows of them
-  int64_t row_tile;  // what the rows of a call should be a multiple of
+  int64_t rows;         // most rows, so that their fp32 sums stay in the cache
+  int64_t panels;       // most panels, all rows of them
+  int64_t row_tile;     // what the rows of a call should be a multiple of
+  int64_t shared_rows;  // from so many a thread on threads take rows of `panels` panels instead of panels; 0: never
 };
 constexpr int64_t kAnyRows = 4, kNever = int64_t{1} << 62;  // of shrink_rows: panels for every adapter of a batch; never
 constexpr int64_t kWideRows = 32;                           // most rows of the wide form

@@ -9,15 +9,19 @@
 #include "tiles.h"
 
 namespace {
-constexpr int64_t TILE_KC = 1280;        // lanes along k of one packed block
-constexpr int64_t TILE_STRIP = 320;      // the part of them whose rows stay in the L1 while all columns pass
-constexpr int64_t TILE_PANELS = 4;       // panels packed together: 1.25 MiB of L2
+constexpr int64_t TILE_KC = 1280;    // lanes along k of one packed block
+constexpr int64_t TILE_STRIP = 320;  // the part of them whose rows stay in the L1 while all columns pass
+constexpr int64_t TILE_PANELS = 4;   // panels packed together: 1.25 MiB of L2
+// Of a K that goes in one block more of them, up to 1 MiB, so that x is read once for all: its rows come from the L3, 576 x 576, M 2048 takes 30 %
+// less with all nine panels than with four (benchmarks/cpu_kernels.cpp with the store below).
+constexpr int64_t MOST_PANELS = 16, PACKED_LANES = 4096;
 constexpr int64_t FEW = 64, MORE = 256;  // most rows for which x is packed instead of W
 constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W
 constexpr int64_t FEW_OF_ONE = 4;        // rows of one adapter that take its B in place
 // Up to so many rows packing W is a matter of fetching it: longer pieces of its rows, in shallower blocks. dx of M 8, 2048 x 2048 takes 1537 us
 // instead of 1592 (benchmarks/cpu_kernels.cpp).
 constexpr int64_t STREAM_ROWS = 128, STREAM_KC = 128, STREAM_PANELS = 8;
+constexpr int64_t SHARED_ROWS = 512;    // for so many rows a thread packs the panels that another has packed, too
 constexpr int64_t TILE_ROWS = 2016;     // rows of one call
 constexpr int64_t TILE_SUM_ROWS = 768;  // the same where the sums of all rows wait for the next block of k
 
@@ -29,17 +33,24 @@ LK_INLINE bool few_rows(const lk::PanelArgs& a) {
 
 LK_INLINE int64_t most_lanes(const lk::PanelArgs& a, bool few) { return !few && a.M <= STREAM_ROWS ? STREAM_KC : TILE_KC; }
 
-LK_INLINE int64_t most_panels(const lk::PanelArgs& a, bool few) { return !few && a.M <= STREAM_ROWS ? STREAM_PANELS : TILE_PANELS; }
-
 // Even blocks, so that the last is no sliver.
 LK_INLINE int64_t tile_depth(const lk::PanelArgs& a, bool few) {
   const int64_t KD = ceil_div(a.K, 2), blocks = ceil_div(KD, most_lanes(a, few));
   return blocks > 1 ? tile_up(ceil_div(KD, blocks)) : tile_up(KD);
 }
 
+// Panels packed together.
+LK_INLINE int64_t most_panels(const lk::PanelArgs& a, bool few) {
+  if (!few && a.M <= STREAM_ROWS) return STREAM_PANELS;
+  if (few || ceil_div(a.K, 2) > TILE_KC || a.out_t || a.segments) return TILE_PANELS;
+  const int64_t fit = PACKED_LANES / (tile_depth(a, few) + tile_up(ceil_div(a.R, 2)));
+  const int64_t most = fit > MOST_PANELS ? MOST_PANELS : fit > TILE_PANELS ? fit : TILE_PANELS, all = ceil_div(a.N, NP);
+  return all > most ? ceil_div(all, ceil_div(all, most)) : most;  // even shares
+}
+
 lk::PanelBlock tile_panel_block(const lk::PanelArgs& a) {
   const bool few = few_rows(a), once = ceil_div(a.K, 2) <= most_lanes(a, few);
-  return {once ? TILE_ROWS : TILE_SUM_ROWS, few && once ? FEW_PANELS : most_panels(a, few), BLOCK};
+  return {once ? TILE_ROWS : TILE_SUM_ROWS, few && once ? FEW_PANELS : most_panels(a, few), BLOCK, few ? 0 : SHARED_ROWS};
 }
 
 // A call's workspace: sized and laid out by one function.
@@ -49,15 +60,15 @@ struct TileSpace {
   int64_t few_columns, floats = 0;
   TileSpace(const lk::PanelArgs& a, bool few, int64_t m_rows, float* ws) : few_columns(ceil_div(min(m_rows, MORE), BLOCK) * BLOCK) {
     const int64_t KD = tile_up(ceil_div(a.K, 2)), most = most_lanes(a, few), depth = min(KD, most), RD = tile_up(ceil_div(a.R, 2));
-    const int64_t across = few ? few_columns : most_panels(a, few) * NP;
+    const int64_t waiting = (a.M <= STREAM_ROWS ? STREAM_PANELS : TILE_PANELS) * NP, at_once = MOST_PANELS * NP * BLOCK;
     const auto take = [&](int64_t n) {
       float* p = ws ? ws + floats : nullptr;
       floats += (n + TILE - 1) / TILE * TILE;
       return p;
     };
-    packed = take(depth * across);
-    rank = take(RD * across);
-    sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * across : (m_rows + BLOCK) * across);
+    packed = take(few ? depth * few_columns : min(depth * MOST_PANELS, TILE_KC * TILE_PANELS) * NP);  // no less for a larger K
+    rank = take(RD * (few ? few_columns : MOST_PANELS * NP));
+    sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * few_columns : max((m_rows + BLOCK) * waiting, at_once));
     static_assert(FEW * FEW_PANELS >= MORE);
     turned = take(few ? (a.segment_R ? FEW * FEW_PANELS : few_columns) * NP : 0);
     segment = take(tile_up(ceil_div(a.segment_R, 2)) * NP);
@@ -137,6 +148,25 @@ LK_INLINE void add_tile_segments(const lk::PanelArgs& a, int64_t n, int64_t cols
   }
 }
 
+// A block's finished sums on their way to out: some rows with every step of the next block's products, for whose end the unit would wait otherwise.
+template <class OT>
+struct Leaving {
+  const lk::PanelArgs* a;
+  int64_t n, cols, m, rows, share;  // what is left of a block; rows of a step
+  Tile c;
+  LK_INLINE void step(Leaving& l) {
+    if (l.rows > 0) l.store(min(l.share, l.rows));
+  }
+  void all() {
+    if (rows > 0) store(rows);
+  }
+  void spread(int64_t steps) { share = steps ? ceil_div(rows, steps) : (all(), 0); }
+  void store(int64_t count) {
+    store_rows<bf16, OT>(*a, n, cols, m, count, c);
+    m += count, rows -= count, c.p += count * c.ld;
+  }
+};
+
 template <class OT>
 void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
   const TileSpace s(a, false, m1 - m0, ws);
@@ -149,6 +179,7 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
     pad_lanes(s.rank, cols, RD, rank_depth);
   }
   const bool whole = KD > deepest || a.out_t || a.segments;
+  Leaving<OT> leaving{&a, 0, 0, 0, 0, 0, {}};
   int64_t k0 = 0;
   do {  // once even for K = 0: the rank term and the bias remain
     const int64_t k1 = min(k0 + deepest, KD), depth = tile_up(k1 - k0), K = min((k1 - k0) * 2, a.K - k0 * 2);
@@ -167,12 +198,13 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
         const TileRows x =
             tile_rows(static_cast<const bf16*>(a.x.p) + m * a.x.ld + k, a.x.ld, rows, min((s1 - s0) * 2, K - s0 * 2), s.rows, a.x_keep, m, k);
         for (int64_t j = 0; j < cols; j += BLOCK) {
-          // finished sums are stored at once, so one place that stays in the cache does
+          // finished sums leave soon, so one place that stays in the cache does
           const Tile c = whole ? Tile{s.sums + (m - m0) * ldc + j, ldc} : Tile{s.sums + (strips > 1 ? j * BLOCK : 0), BLOCK};
           const TileStrip rank_strip = {h, s.rank + j * rank_depth, rank_depth, rank && s0 == 0 ? rank_depth / TILE : 0};
           const TileStrip base_strip = {x, s.packed + j * depth + s0 * TILE, depth, (s1 - s0) / TILE};
-          tile_block_of(rows, min(cols - j, BLOCK), rank_strip, base_strip, {a.out_keep, a.keep_scale, m, n + j, rows}, c, k > 0);
-          if (last && s1 == depth && !a.out_t && !a.segments) store_rows<bf16, OT>(a, n + j, min(cols - j, BLOCK), m, rows, c);
+          leaving.spread(rank_strip.steps && a.out_keep.p ? 0 : base_strip.steps);  // for the mask sums are put where these are
+          tile_block_of(rows, min(cols - j, BLOCK), rank_strip, base_strip, {a.out_keep, a.keep_scale, m, n + j, rows}, c, k > 0, leaving);
+          if (last && s1 == depth && !a.out_t && !a.segments) leaving = {&a, n + j, min(cols - j, BLOCK), m, rows, 0, c};
         }
         s0 += strip;
       } while (s0 < depth);
@@ -184,6 +216,7 @@ void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0,
     if (last && a.out_t) store_transposed<OT>(a, n, cols, m0, m1, {s.sums, ldc});
     k0 += deepest;
   } while (k0 < KD);
+  leaving.all();
 }
 
 // to [rows, columns] <- from [columns, ld], whole tiles
@@ -254,11 +287,10 @@ void tile_panel(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int6
 // The engine's entries: bf16 by tiles, the other types as everywhere.
 int64_t panel_floats_tiles(lk::Dtype t, const lk::PanelArgs& a, int64_t rows) {
   if (t != lk::kBF16) return panel_floats(t, a, rows);
-  const auto most = [](int64_t p, int64_t q) { return p > q ? p : q; };
   lk::PanelArgs streamed = a;  // a product of fewer rows takes more panels at once
   streamed.M = min(a.M, STREAM_ROWS);
   const int64_t few = TileSpace(a, true, rows, nullptr).floats, many = TileSpace(a, false, rows, nullptr).floats;
-  return most(most(few, many), TileSpace(streamed, false, min(rows, STREAM_ROWS), nullptr).floats);
+  return max(max(few, many), TileSpace(streamed, false, min(rows, STREAM_ROWS), nullptr).floats);
 }
 int64_t shrink_rows_tiles(lk::Dtype t, bool masked) { return t == lk::kBF16 ? lk::kAnyRows : shrink_rows(t, masked); }
 lk::PanelBlock panel_block_tiles(lk::Dtype t, const lk::PanelArgs& a) { return t == lk::kBF16 ? tile_panel_block(a) : panel_block(t, a); }

@@ -92,20 +92,25 @@ struct TileStrip {
   int64_t depth, steps;  // lanes of the packed columns; tiles of this strip
 };
 
+struct Nothing {  // to do beside the products
+  LK_INLINE void step(Nothing&) {}
+};
+
 // The packed columns go past the L1, where the rows stay for the columns to come: 576 x 576, M 1024 takes 572 us instead of 746
-// (benchmarks/cpu_kernels.cpp, warm).
-template <int MT, int NT>
-LK_INLINE void multiply(const TileStrip& s) {
+// (benchmarks/cpu_kernels.cpp, warm). A step of `beside` goes with every step of k.
+template <int MT, int NT, class Beside>
+LK_INLINE void multiply(const TileStrip& s, Beside& beside) {
   const int64_t ld = s.rows.ld * 2, step = s.rows.step * 2, below = TILE * ld;
-  const char *a = reinterpret_cast<const char*>(s.rows.p), *b = reinterpret_cast<const char*>(s.cols), *beside = b + s.depth * 64;
-  for (int64_t k = 0; k < s.steps; k++, a += step, b += 1024, beside += 1024) {
+  const char *a = reinterpret_cast<const char*>(s.rows.p), *b = reinterpret_cast<const char*>(s.cols), *right = b + s.depth * 64;
+  for (int64_t k = 0; k < s.steps; k++, a += step, b += 1024, right += 1024) {
     _tile_loadd(4, a, ld);
     _tile_stream_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (NT == 2) {
-      _tile_stream_loadd(7, beside, 64);
+      _tile_stream_loadd(7, right, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
+    Beside::step(beside);
     if constexpr (MT == 2) {
       _tile_loadd(5, a + below, ld);
       _tile_dpbf16ps(2, 5, 6);
@@ -144,15 +149,16 @@ struct TileKeep {
   int64_t m, n, rows;
 };
 
-template <int MT, int NT>
-void tile_block(const TileStrip& rank, const TileStrip& base, const TileKeep& keep, Tile c, bool more) {
+template <int MT, int NT, class Beside>
+void tile_block(const TileStrip& rank, const TileStrip& base, const TileKeep& keep, Tile c, bool more, Beside& beside) {
+  Nothing nothing;
   stored();
   if (more)
     get_sums<MT, NT>(c);
   else
     clear_sums<MT, NT>();
   if (rank.steps) {
-    multiply<MT, NT>(rank);
+    multiply<MT, NT>(rank, nothing);
     if (keep.keep.p) {
       put_sums<MT, NT>(c);
       for (int64_t i = 0; i < keep.rows; i++)
@@ -161,15 +167,21 @@ void tile_block(const TileStrip& rank, const TileStrip& base, const TileKeep& ke
       get_sums<MT, NT>(c);
     }
   }
-  multiply<MT, NT>(base);
+  multiply<MT, NT>(base, beside);
   put_sums<MT, NT>(c);
 }
 
 // `rows` and `cols` up to BLOCK: what they lack of a tile is computed and not used
-LK_INLINE void tile_block_of(int64_t rows, int64_t cols, const TileStrip& rank, const TileStrip& base, const TileKeep& keep, Tile c, bool more) {
+template <class Beside>
+LK_INLINE void tile_block_of(int64_t rows, int64_t cols, const TileStrip& rank, const TileStrip& base, const TileKeep& keep, Tile c, bool more,
+                             Beside& beside) {
   if (rows > TILE)
-    cols > TILE ? tile_block<2, 2>(rank, base, keep, c, more) : tile_block<2, 1>(rank, base, keep, c, more);
+    cols > TILE ? tile_block<2, 2>(rank, base, keep, c, more, beside) : tile_block<2, 1>(rank, base, keep, c, more, beside);
   else
-    cols > TILE ? tile_block<1, 2>(rank, base, keep, c, more) : tile_block<1, 1>(rank, base, keep, c, more);
+    cols > TILE ? tile_block<1, 2>(rank, base, keep, c, more, beside) : tile_block<1, 1>(rank, base, keep, c, more, beside);
+}
+LK_INLINE void tile_block_of(int64_t rows, int64_t cols, const TileStrip& rank, const TileStrip& base, const TileKeep& keep, Tile c, bool more) {
+  Nothing nothing;
+  tile_block_of(rows, cols, rank, base, keep, c, more, nothing);
 }
 }  // namespace

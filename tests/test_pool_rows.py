@@ -120,12 +120,121 @@ def test_a_model_that_puts_time_first_is_refused(tmp_path):
     model = transformers.XLNetModel(transformers.XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=48, vocab_size=64)).eval()
     with pooled(model, tmp_path, ["layer_1"], target_modules=["layer_1"]) as pool:
         ids = torch.randint(0, 64, (2, 4))
-        with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="2 sequences, as the model's input has"):
+        with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="time before the sequences"):
             model(ids)
         with pool.batch(["a", "a"]):
             both = model(ids).last_hidden_state
         with pool.batch(["a"]):
             assert torch.equal(model(ids).last_hidden_state, both)
+
+
+SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 48}
+PARTS = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))}
+LED = PARTS | {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4, "d_model": 32, "vocab_size": 64}
+FSMT = PARTS | {"src_vocab_size": 64, "tgt_vocab_size": 64, "d_model": 32, "max_position_embeddings": 64}
+TIME_FIRST = {  # builder, layers that get [time, sequences, K]
+    "xlnet": (lambda: transformers.XLNetModel(transformers.XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=48, vocab_size=64)), ["layer_1"]),
+    "longformer": (lambda: transformers.LongformerModel(transformers.LongformerConfig(**SIZES, attention_window=4)), ["query"]),
+    "led": (lambda: transformers.LEDForConditionalGeneration(transformers.LEDConfig(**LED)), ["query"]),
+    "fsmt": (lambda: transformers.FSMTForConditionalGeneration(transformers.FSMTConfig(**FSMT)), ["fc1"]),
+}
+
+
+@pytest.fixture(params=TIME_FIRST)
+def time_first(request, tmp_path):
+    torch.manual_seed(0)
+    build, modules = TIME_FIRST[request.param]
+    model = build().eval()
+    with pooled(model, tmp_path, modules, target_modules=modules) as pool:
+        yield model, pool
+
+
+def test_as_many_tokens_as_sequences_are_refused(time_first):
+    """The inputs' shapes do not tell time from sequences."""
+    model, pool = time_first
+    with pool.batch(["a", "b", "a", "b"]), pytest.raises(LoraValueError, match="time before the sequences"):
+        model(torch.randint(3, 64, (4, 4)))
+
+
+def test_one_adapter_is_served_where_time_comes_first(time_first):
+    """Of three sequences of eight tokens: layers see eight "sequences", which three names do not divide."""
+    model, pool = time_first
+    ids = torch.randint(3, 64, (3, 8))
+    with pool.batch(["a"]):
+        expected = [model(row)[0][0] for row in ids.split(1)]
+    with pool.batch(["a"] * 3):
+        torch.testing.assert_close(model(ids)[0], torch.stack(expected))
+    with pool.batch([None] * 3):
+        got = model(ids)[0]
+    assert torch.equal(got, model(ids)[0])
+
+
+@pytest.mark.parametrize("length", [4, 6, 8], ids=lambda length: f"{length}-tokens")
+def test_generate_refuses_an_encoder_that_puts_time_first(tmp_path, length):
+    """It calls the encoder, not the model; LED pads to 4 or 8 tokens, which 2 and 4 names divide."""
+    torch.manual_seed(0)
+    build, modules = TIME_FIRST["led"]
+    model, ids = build().eval(), torch.randint(3, 64, (2, length))
+    options = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with pooled(model, tmp_path, modules, target_modules=modules) as pool:
+        with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="time before the sequences"):
+            model.generate(ids, **options)
+        with pool.batch(["a"] * 2):
+            model.generate(ids, **options)
+
+
+class TurnedEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lin = nn.Embedding(64, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids):
+        return self.lin(self.embed(input_ids).transpose(0, 1)).transpose(0, 1)
+
+
+class TurnedModel(nn.Module):
+    """An encoder-decoder as transformers' are, of layers of nobody's kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.encoder = transformers.PretrainedConfig(is_encoder_decoder=True), TurnedEncoder()
+
+    def get_encoder(self):
+        return self.encoder
+
+    def forward(self, input_ids):
+        return self.encoder(input_ids=input_ids)
+
+
+def test_an_encoder_called_for_itself_tells_its_sequences(tmp_path):
+    model, ids = TurnedModel().eval(), torch.randint(0, 64, (2, 4))
+    with pooled(model, tmp_path, ["lin"]) as pool:
+        for call in (model, model.encoder):
+            with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="2 sequences, as the model's input has"):
+                call(input_ids=ids)
+        with pool.batch(["a", "a"]) as batch:
+            model(ids)
+            batch.update_(["a", "b"])
+            with pytest.raises(LoraValueError, match="2 sequences, as the model's input has"):
+                model(ids)
+
+
+def test_a_layer_on_what_all_sequences_share(tmp_path):
+    """DeBERTa projects its table of relative positions, one for all sequences: one adapter for all of them, or none, fits."""
+    torch.manual_seed(0)
+    options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True, "position_biased_input": False}
+    model = transformers.DebertaV2Model(transformers.DebertaV2Config(**SIZES, **options, type_vocab_size=0)).eval()
+    ids = torch.randint(3, 64, (3, 5))
+    plain = model(ids).last_hidden_state
+    with pooled(model, tmp_path, ["key_proj"]) as pool:
+        with pool.batch([None] * 3):
+            assert torch.equal(model(ids).last_hidden_state, plain)
+        with pool.batch(["a"]):
+            expected = torch.cat([model(row).last_hidden_state for row in ids.split(1)])
+        with pool.batch(["a"] * 3):
+            torch.testing.assert_close(model(ids).last_hidden_state, expected)
+        with pool.batch(["a", None, "b"]), pytest.raises(LoraValueError, match="does not fit this forward"):
+            model(ids)
 
 
 class Decoder(nn.Module):
@@ -184,6 +293,20 @@ def test_routed_experts_serve_batches_of_one_adapter(tmp_path):
             batch.update_(["a", "b"])
             with pytest.raises(LoraValueError, match="does not keep them in order"):
                 model(ids)
+    ids_of_one = torch.tensor([[2, 4, 6, 1], [3, 5, 7, 9]])  # three tokens for the first expert, five for the second
+    with pooled(model, tmp_path / "one", ["0", "1"]) as pool:
+        with pool.batch(["a"]):
+            one = model(ids_of_one)
+        with pool.batch(["a", "a"]):
+            assert torch.equal(model(ids_of_one), one)
+        with pool.batch_tokens(["a"] * 8):
+            assert torch.equal(model(ids_of_one), one)
+        with pool.batch(["b", "b"]) as batch:
+            model(ids_of_one)
+            with pytest.raises(LoraValueError, match="got other rows than its sequences"):
+                batch.update_(["a", "b"])
+            batch.update_(["a", "a"])
+            assert torch.equal(model(ids_of_one), one)
     with pooled(model, tmp_path / "gate", ["gate"]) as pool:  # experts that no adapter touches are no hindrance
         alone = []
         for row, name in enumerate("ab"):
@@ -222,6 +345,27 @@ def test_images_are_not_sequences(tmp_path):
         model(x, images)
     with pooled(model, tmp_path / "text", ["text"]) as pool, pool.batch(["a", "b"]):
         model(x, images)
+
+
+@pytest.mark.parametrize("images", [(2, 1, 0), (0, 1, 2)], ids=lambda images: "-".join(map(str, images)) + "-images")
+def test_a_projector_of_images_is_no_part_of_the_text(tmp_path, images):
+    """LLaVA's projector gets three images for three sequences, which are not one of each."""
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**SIZES)
+    parts = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    vision = transformers.CLIPVisionConfig(**parts, image_size=8, patch_size=4)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=60, image_seq_length=4)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 60, (3, 10))
+    for row, count in enumerate(images):
+        ids[row, : 4 * count] = 60
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 8, 8)}
+    projector = pytest.raises(LoraValueError, match="multi_modal_projector.linear_1: in the tower of another modality")
+    modules = ["linear_1", "down_proj"]
+    with pooled(model, tmp_path / "both", modules) as pool, pool.batch(["a", None, "b"]), projector:
+        model(**inputs)
+    with pooled(model, tmp_path / "text", ["down_proj"]) as pool, pool.batch(["a", None, "b"]):
+        model(**inputs)
 
 
 def test_what_began_as_a_batch_without_experts_stays_one(tmp_path):

@@ -94,12 +94,14 @@ class Batch:
         self.current = pool._current
         self._adapters: list[Adapter | None] = []
         self._ids: Tensor | None = None
-        self._metas: dict[tuple[torch.device, torch.Size, int | None], BatchMeta] = {}
+        self._metas: dict[tuple[torch.device, torch.Size, int | None, bool], BatchMeta] = {}
         self._touched: set[int] = set()
         self.recorded: bool | None = None  # while it runs: whether gradients were recorded around it
         self.mixed = False  # whether its rows have different adapters
         self.with_bias = False
-        self._sequences: int | None = None  # during a forward of the whole model: the leading dimension of its input
+        self._running: nn.Module | None = None  # the whole model, or its encoder called for itself, during a forward
+        self._fits = False  # whether its input is as many sequences or tokens as this batch is for
+        self._sequences: int | None = None  # the leading dimension of its input, where that fits
         self._tokens: set[int] = set()  # rows that its layers may have where sequences and tokens are one dimension
         self.shared: tuple[Group, Tensor, int, int, list[Tensor]] | None = None
 
@@ -126,6 +128,7 @@ class Batch:
             raise LoraKernelsError(message(f"a batch cannot be left here: it {reason}", fix="leave it once, in the thread that entered it"))
         self.current.leave(self)
         self.recorded, self.shared, self._metas = None, None, {}
+        self._running, self._fits, self._sequences = None, False, None
         self._pool._left(self._adapters)
 
     def update_(self, rows: Sequence[str | None] | Tensor) -> Batch:
@@ -143,6 +146,9 @@ class Batch:
             reason = message("Batch.update_: another number of rows", ids.shape[0], self._ids.shape[0], "make one batch per batch size")
         elif any(a is not None and a.modules & self._pool._scattered - self._touched for a in adapters):
             reason = message("Batch.update_: an adapter of layers that keep no order of rows, in a batch that began without", fix="make a new batch")
+        elif _mixed(rows) and any(meta.num_tokens % self._ids.shape[0] for meta in self._metas.values()):
+            what = "Batch.update_: several adapters, in a batch of one of which layers got other rows than its sequences"
+            reason = message(what, fix="make a new batch, or a pool whose target_modules leave such layers out")
         elif not self.with_bias and any(a is not None and a.bias for a in adapters):
             reason = message("Batch.update_: an adapter with lora_bias in a batch that began without", fix="begin with one, or make a new batch")
         if reason is not None:
@@ -194,14 +200,19 @@ class Batch:
 
     # ---- for the model and its layers
 
-    def begin_forward(self, inputs: Sequence[Tensor]) -> None:
+    def begin_forward(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         """The model's own input says how many sequences there are, beams included; a layer's may have its dimensions turned."""
+        if self._running is not None:
+            return
+        self._running = module
         lead = next((t.shape[0] for t in inputs if t.dim() > 1), 0)
         self._sequences = lead if lead and lead % self._ids.shape[0] == 0 else None
         self._tokens = {lead, *(lead * t.shape[1] for t in inputs if t.dim() > 1 and t.shape[0] == lead)}
+        self._fits = self._ids.shape[0] in self._tokens if self._per_token else self._sequences is not None
 
-    def end_forward(self) -> None:
-        self._sequences = None
+    def end_forward(self, module: nn.Module) -> None:
+        if module is self._running:
+            self._running, self._fits, self._sequences = None, False, None
 
     def adapts(self, target: Target) -> bool:
         """Whether a layer whose rows are not the batch's sequences in order is to add an adapter. Raises where rows have different ones."""
@@ -220,7 +231,7 @@ class Batch:
         """The adapter of every row of x flattened to `[M, K]`; built once per shape and device."""
         if torch.compiler.is_compiling():  # built in the graph, where equal ones become one
             return self._build(x)
-        key = (x.device, x.shape[:-1], self._sequences)
+        key = (x.device, x.shape[:-1], self._sequences, self.mixed)
         if (found := self._metas.get(key)) is None:
             found = self._metas[key] = self._build(x)
         return found
@@ -231,6 +242,8 @@ class Batch:
         return BatchMeta(self._expand(M).to(x.device), self._pool._num_slots, self._pool._batch_invariant)
 
     def _check(self, x: Tensor, M: int) -> None:
+        if self._fits and not self.mixed and not torch.compiler.is_compiling():  # whichever rows these are, all have the same adapter
+            return
         n = self._ids.shape[0]
         lead = x.shape[0] if x.dim() > 2 else M
         if self._per_token:
@@ -239,7 +252,7 @@ class Batch:
             return
         fits, allowed = lead % n == 0, f"{lead} sequences or a divisor of it"
         if fits and self.mixed and self._sequences is not None and not torch.compiler.is_compiling():
-            seen = {shape.numel() for _, shape, sequences in self._metas if sequences == self._sequences}
+            seen = {shape.numel() for _, shape, sequences, mixed in self._metas if mixed and sequences == self._sequences}
             fits = lead == self._sequences if x.dim() > 2 else M in self._tokens | seen
             allowed = f"{self._sequences} sequences, as the model's input has, one after the other; x {list(x.shape)}"
         if not fits:
@@ -249,7 +262,9 @@ class Batch:
     def _expand(self, M: int) -> Tensor:
         """Ids per row: a sequence's rows (its tokens, and its beams, which generate() lays side by side) follow each other."""
         n = self._ids.shape[0]
-        return self._ids if n == M else self._ids.view(n, 1).expand(n, M // n).reshape(M)
+        if n == M:
+            return self._ids
+        return self._ids.view(n, 1).expand(n, M // n).reshape(M) if M % n == 0 else self._ids[:1].repeat(M)
 
 
 def _mixed(rows: Sequence[str | None] | Tensor) -> bool:
@@ -258,15 +273,29 @@ def _mixed(rows: Sequence[str | None] | Tensor) -> bool:
 
 
 def watch(model: nn.Module, current: Current) -> list[RemovableHandle]:
-    """Tells the batch that runs when a forward of the whole model begins and ends. Not in a compiled one, which has only the sizes to go by."""
+    """Tells the batch that runs when a forward of the whole model, or of the encoder that `generate` calls for itself, begins and ends.
 
-    def begin(_: nn.Module, args: tuple, kwargs: Mapping) -> None:
+    Not in a compiled one, which has only the sizes to go by.
+    """
+
+    def begin(module: nn.Module, args: tuple, kwargs: Mapping) -> None:
         if not torch.compiler.is_compiling() and (batch := current.now()) is not None:
             named = [kwargs[name] for name in INPUTS if isinstance(kwargs.get(name), Tensor)]
-            batch.begin_forward(named or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
+            batch.begin_forward(module, named or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
 
-    def end(*_: object) -> None:
+    def end(module: nn.Module, *_: object) -> None:
         if not torch.compiler.is_compiling() and (batch := current.now()) is not None:
-            batch.end_forward()
+            batch.end_forward(module)
 
-    return [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end, always_call=True)]
+    hooks = []
+    for module in _callable(model):
+        hooks += [module.register_forward_pre_hook(begin, with_kwargs=True), module.register_forward_hook(end, always_call=True)]
+    return hooks
+
+
+def _callable(model: nn.Module) -> list[nn.Module]:
+    """The model and, of an encoder-decoder of transformers, the encoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return [model]
+    encoder = model.get_encoder()
+    return [model, encoder] if isinstance(encoder, nn.Module) and encoder is not model else [model]

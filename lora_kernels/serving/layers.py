@@ -191,13 +191,24 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
     return found
 
 
-TOWERS = {"vision_tower", "vision_model", "visual", "image_encoder", "audio_tower", "audio_model"}
+# Parts of a model that get images, videos or sounds, and what brings their results to the text.
+TOWERS = {
+    "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "image_tower", "video_tower", "audio_tower", "audio_model",
+    "multi_modal_projector", "mm_projector", "vision_projection", "language_projection", "connector", "aligner", "qformer", "embed_vision",
+    "embed_audio",
+}  # fmt: skip
+# Modules of transformers whose layers get time before the sequences. Where there are as many of both, their inputs do not tell.
+TIME_FIRST = {
+    "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer", "modeling_longformer.LongformerSelfAttention",
+    "modeling_led.LEDEncoderSelfAttention",
+}  # fmt: skip
 
 
 def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Those of the layers whose rows are not the batch's sequences in order, as far as their place tells, with the reason."""
     decoders = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.TransformerDecoderLayer)]
     time_first = tuple(f"{name}." if name else "" for name, m in decoders if not m.self_attn.batch_first)
+    turned = tuple(f"{name}." if name else "" for name, m in model.named_modules() if _kind(m) in TIME_FIRST)
     parts = {name: set(name.split(".")) for name in names}
     beside = any(not p & TOWERS for p in parts.values())  # a model of one tower has its inputs for sequences
     found = {}
@@ -208,7 +219,14 @@ def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             found[name] = "in the tower of another modality, of which a sequence may bring several inputs or none"
         elif time_first and name.startswith(time_first):
             found[name] = "in a decoder layer made with batch_first=False"
+        elif turned and name.startswith(turned):
+            found[name] = "in a layer that gets time before the sequences"
     return found
+
+
+def _kind(m: nn.Module) -> str:
+    """The class, with the last part of its module's name."""
+    return f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}"
 
 
 def _left_out(model: nn.Module) -> dict[str, str]:

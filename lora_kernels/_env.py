@@ -125,14 +125,14 @@ def _remark(name: str) -> str:
     """Why this variable or its value is of no use, or nothing."""
     if name not in KNOWN:
         return f"nothing reads it; allowed: {', '.join(AT_RUN_TIME)}"
-    if name == "LORA_KERNELS_CACHE" and store.user_folder().is_file():
-        return "it is a file; allowed: a folder"
     try:
+        if name == "LORA_KERNELS_CACHE" and store.user_folder().is_file():
+            return "it is a file; allowed: a folder"
         if name == "LORA_KERNELS_BACKEND":
             _device.env_backend()
         elif name == "LORA_KERNELS_CPU_ISA":
             _registry.provider("cpu")
-    except LoraKernelsError as error:
+    except (LoraKernelsError, OSError) as error:  # OSError: a folder that may not be looked at, a name too long
         return str(error)
     return ""
 

@@ -10,6 +10,8 @@ import os
 import sys
 import time
 
+import torch
+
 from ._console import console, table
 from ._errors import LoraKernelsError, message
 from ._version import __version__
@@ -122,6 +124,10 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--device", choices=("cpu", "cuda"), help="only this device")
     verbs.add_parser("bench", help="speed and memory against PyTorch and PEFT", add_help=False)
     verbs.add_parser("tune", help="measure and store the best plans for this device", add_help=False)
+    if sys.stdout is None:  # closed by the caller, `>&-`: nobody reads, but files are still written
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows "?" for "µ" and "→"
     args, rest = parser.parse_known_args(argv)
     if rest and args.verb not in ELSEWHERE:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -140,6 +146,12 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except OSError as error:  # the disk is full or gone
         print(f"lora-kernels {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # a CPU's allocator has no exception of its own
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        got = (str(error) or "MemoryError").splitlines()[0]
+        print(message(f"lora-kernels {args.verb}: out of memory", got, fix="fewer features, tokens or ranks"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

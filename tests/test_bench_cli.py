@@ -16,6 +16,7 @@ from lora_kernels._errors import LoraValueError
 from lora_kernels.bench import records, roofs, run, shapes
 
 CASE = shapes.Case("tiny", "q", 4, 8, 8, 2)
+WHERE = {"device": {"type": "cpu", "name": "Test CPU"}, "versions": {"torch": "2.13.0"}, "threads": 1, "date": "2026-11-29"}
 
 
 @pytest.fixture
@@ -125,6 +126,11 @@ def test_results_without_results(tmp_path, content):
         records.read_folder(tmp_path)
 
 
+def _timed(**other) -> dict:
+    entry = {"us": 1.0, "q20": 1.0, "q80": 2.0, "errors": {}, "over": {}} | other
+    return {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": {"ours": entry}}
+
+
 DAMAGED = {
     "empty": {},
     "no case": {"results": {}},
@@ -132,6 +138,9 @@ DAMAGED = {
     "tokens in words": {"case": vars(CASE) | {"M": "many"}, "floor": {"us": 1.0, "bytes": 1}, "results": {}},
     "no floor": {"case": vars(CASE), "results": {}},
     "no quantiles": {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": {"ours": {"us": 1.0}}},
+    "no time at all": _timed(us=0.0),
+    "quantiles in another order": _timed(q20=3.0),
+    "a ratio of nothing": _timed(over={"peft": {"median": 0.0, "q20": 0.0, "q80": 0.0}}),
     "a list of results": {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": [1]},
 }
 
@@ -139,12 +148,23 @@ DAMAGED = {
 @pytest.mark.parametrize("record", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_record_is_named(tmp_path, capsys, record):
     whole = {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": {}}
-    data = {"schema": records.SCHEMA, "suite": "linear", "provenance": {}, "records": [whole, record]}
+    data = {"schema": records.SCHEMA, "suite": "linear", "provenance": WHERE, "records": [whole, record]}
     (tmp_path / "linear.json").write_text(json.dumps(data))
     assert cli.main(["bench", "--plots", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "linear.json is damaged; got records[1]" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", [*WHERE])
+@pytest.mark.parametrize("value", [None, {}, 0.5], ids=str)
+def test_results_of_no_known_place(tmp_path, capsys, key, value):
+    """Plots and figures name the device, torch's version and the date."""
+    whole = {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": {}}
+    data = {"schema": records.SCHEMA, "suite": "linear", "provenance": WHERE | {key: value}, "records": [whole]}
+    (tmp_path / "linear.json").write_text(json.dumps(data))
+    assert cli.main(["bench", "--plots", str(tmp_path)]) == 2
+    assert f"linear.json is damaged; got provenance.{key}" in capsys.readouterr().err
 
 
 def test_nested_without_end(tmp_path):

@@ -55,6 +55,12 @@ def test_env_shows_every_variable_that_is_set_and_what_is_wrong_with_it(monkeypa
     assert "names no backend" in " ".join(capsys.readouterr().out.split())
 
 
+def test_env_shows_a_folder_that_cannot_be_looked_at(monkeypatch, capsys):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", "x" * 300)
+    assert cli.main(["env", "--json"]) == 0
+    assert "File name too long" in json.loads(capsys.readouterr().out)["remarks"]["LORA_KERNELS_CACHE"]
+
+
 def test_env_names_the_instruction_sets_when_a_wrong_one_is_asked_for():
     """In a process of its own: the engine looks once."""
     if isinstance(provider := _registry.provider("cpu"), str):
@@ -170,6 +176,28 @@ def test_errors_and_ctrl_c_give_a_line_and_a_code(monkeypatch, capsys, raised, c
     monkeypatch.setattr(_env, "collect", fail)
     assert cli.main(["env"]) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_closed_output_is_no_failure():
+    """`lora-kernels env >&-`, as some daemons start their children."""
+    closing = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'lora_kernels', 'env'])"
+    done = subprocess.run([sys.executable, "-c", closing], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_output_that_has_no_such_letters():
+    show = "from lora_kernels import _console, _env, cli; _env.collect = lambda: _console.console().print('µ → ×') or {}; cli.main(['env', '--json'])"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[0], done.stderr) == (0, "? ? ?", "")
+
+
+def test_what_the_allocator_refuses_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(_env, "collect", lambda: torch.empty(2**60))
+    assert cli.main(["env"]) == 2
+    err = capsys.readouterr().err
+    assert "out of memory; got " in err
+    assert err.count("\n") == 1
 
 
 def test_version(capsys):

@@ -273,6 +273,12 @@ def test_no_grad_and_inference_mode():
         assert torch.equal(lk.lora_linear(c.x, c.weight, c.bias, c.lora_a.requires_grad_(), c.lora_b, c.scaling), expected)
     with torch.inference_mode():
         assert torch.equal(lk.lora_linear(c.x, c.weight, c.bias, c.lora_a, c.lora_b, c.scaling), expected)
+        with torch.enable_grad():  # records nothing here, as of eager's products
+            x = c.x.clone()
+            assert torch.equal(lk.lora_linear(x, c.weight, c.bias, c.lora_a, c.lora_b, c.scaling), expected)
+            pools = c.lora_a[None], c.lora_b[None]
+            y = lk.lora_batched_linear(x, c.weight, c.bias, *pools, torch.zeros(9, dtype=torch.int32), scalings=torch.tensor([c.scaling]))
+            torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

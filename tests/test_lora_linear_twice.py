@@ -35,3 +35,29 @@ def test_second_derivatives_without_x():
     dx.sum().backward(retain_graph=True)
     with pytest.raises(lk.LoraKernelsError, match="where lora_a is frozen.*fix: lora_a.requires_grad_"):
         db.sum().backward()
+
+
+BATCHED = {
+    "is_grads_batched": lambda y, inputs, dys: torch.autograd.grad(y, inputs, dys, is_grads_batched=True),
+    "vmap": lambda y, inputs, dys: torch.vmap(lambda dy: torch.autograd.grad(y, inputs, dy, retain_graph=True))(dys),
+}
+
+
+@pytest.mark.parametrize("how", BATCHED)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("trained", ["x lora_a lora_b", "x lora_b"])
+def test_many_gradients_at_once(trained, dropout_p, how):
+    made = {name: torch.randn(*size) for name, size in {"x": (2, 3, 33), "lora_a": (4, 33), "lora_b": (20, 4)}.items()}
+    inputs = [made[name].requires_grad_() for name in trained.split()]
+    y = lk.lora_linear(made["x"], torch.randn(20, 33), None, made["lora_a"], made["lora_b"], 1.5, dropout_p, seed=3)
+    dys = torch.randn(5, *y.shape)
+    one_by_one = zip(*(torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys), strict=True)
+    for got, expected in zip(BATCHED[how](y, inputs, dys), map(torch.stack, one_by_one), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_many_gradients_at_once_of_many_adapters_are_refused_with_a_fix():
+    pool_a, pool_b = torch.randn(2, 4, 33).requires_grad_(), torch.randn(2, 20, 4).requires_grad_()
+    y = lk.lora_batched_linear(torch.randn(3, 33), torch.randn(20, 33), None, pool_a, pool_b, torch.tensor([0, -1, 1], dtype=torch.int32))
+    with pytest.raises(lk.LoraKernelsError, match="lora_batched_linear: no vmap .*fix: compute this layer in plain PyTorch"):
+        torch.autograd.grad(y, (pool_a, pool_b), torch.randn(5, 3, 20), is_grads_batched=True)

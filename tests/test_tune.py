@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import cuda_stand_in
@@ -11,7 +12,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _device, reference
-from lora_kernels.bench import tune, tune_gpu
+from lora_kernels.bench import files, tune, tune_gpu
 from lora_kernels.bench.tune_gpu import best, candidates, fits, label
 from lora_kernels.native import cuda as cuda_ops
 from lora_kernels.ops import _registry
@@ -217,6 +218,17 @@ def test_options_of_which_one_would_go_unheard(fake, capsys, argv, words):
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
     assert fake.measured == []
+
+
+def test_one_process_at_a_time_writes_a_folder(fake, tmp_path):
+    """Each would write the entries that it knows of over the other's."""
+    held = files.hold(tmp_path, "")
+    with pytest.raises(lk.LoraValueError, match="is in use; got another process .*; fix: wait for it"):
+        tune.main(ARGS)
+    assert fake.measured == []
+    os.close(held)
+    assert tune.main(ARGS) == 0
+    assert fake.measured == [1, 2]
 
 
 def test_one_rank_on_a_cpu(fake):

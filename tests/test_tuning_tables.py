@@ -254,6 +254,22 @@ def test_table_that_cannot_even_be_read(lookups, monkeypatch, caplog, spoil):
     assert "is not used" in caplog.text
 
 
+def test_user_without_a_home_gets_the_shipped_tables(lookups, monkeypatch):
+    """As in a container: HOME is unset, and /etc/passwd does not name the user."""
+    for name in ("HOME", "XDG_CACHE_HOME", "LORA_KERNELS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(cpu, "_isa", "avx2")
+    assert cpu.form("fwd", 0, 500, 32, 64) in range(len(cpu.FORMS))
+    assert cpu._tables("avx2")
+    with pytest.raises(lk.LoraValueError, match="fix: set LORA_KERNELS_CACHE"):
+        store.user_folder()
+
+
 def test_cpu_table_is_packed_as_it_is_read(lookups):
     target = tune.target(torch.device("cpu"))
     entries = [{**ROW, "M": M, "chosen": form} for M, form in ((64, "torch"), (1, "panels"))]

@@ -6,6 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from .._errors import LoraValueError, message
 
 
@@ -23,6 +28,21 @@ def check_replaceable(path: Path, fix: str) -> None:
     """Raises LoraValueError where `write_whole` would find anything but a file to replace."""
     if path.exists() and not path.is_file():
         raise LoraValueError(message(f"{path} cannot be written", "a folder" if path.is_dir() else "no regular file", "a file, or nothing yet", fix))
+
+
+def hold(folder: Path, fix: str) -> int | None:
+    """A lock on the folder, until the file descriptor is closed or the process ends. Raises LoraValueError where another process has it."""
+    if fcntl is None:
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise LoraValueError(message(f"{folder} is in use", "another process that writes there", "one at a time", fix)) from None
+    except OSError:  # a file system without locks
+        pass
+    return held
 
 
 def write_whole(path: Path, text: str) -> None:

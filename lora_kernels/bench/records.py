@@ -62,6 +62,8 @@ def read(path: Path) -> dict:
     ours = isinstance(data, dict) and data.get("schema") == SCHEMA and data.get("suite") in SUITES
     if not ours or not isinstance(data.get("records"), list) or not isinstance(data.get("provenance"), dict):
         raise LoraValueError(message(f"{path} is no results file of this version", allowed=f"schema {SCHEMA}", fix="run lora-kernels bench again"))
+    if data["records"] and (found := _wrong(data["provenance"], _WHERE, "provenance")):
+        raise LoraValueError(message(f"{path} is damaged", found, fix="run lora-kernels bench again"))
     wrong = (_wrong_record(record, data["suite"], f"records[{i}]") for i, record in enumerate(data["records"]))
     if found := next(filter(None, wrong), None):
         raise LoraValueError(message(f"{path} is damaged", found, fix="run lora-kernels bench again"))
@@ -69,6 +71,7 @@ def read(path: Path) -> dict:
 
 
 # What is read of a record for tables, plots and figures; `_wrong` says how a type stands for a JSON value.
+_WHERE = {"device": {"type": str, "name": str}, "versions": {"torch": str}, "threads": int, "date": str}
 _LAYER = {"case": Case, "floor": {"us": float, "bytes": int}, "results": [dict]}
 _STEPS = {"case": {"model": str, "tokens": int, "R": int, "dtype": str, "steps": int}, "results": [dict]}
 _TIMED = {"us": float, "q20": float, "q80": float, "errors": [float], "over": [Ratio]}
@@ -80,7 +83,15 @@ def _wrong_record(record: object, suite: str, at: str) -> str | None:
     wrong = _wrong(record, whole, at)
     if wrong:
         return wrong
-    return _wrong({name: entry for name, entry in record["results"].items() if "us" in entry}, [timed], f"{at}.results")
+    entries = {name: entry for name, entry in record["results"].items() if "us" in entry}
+    return _wrong(entries, [timed], f"{at}.results") or next(filter(None, (_not_times(e, f"{at}.results.{n}") for n, e in entries.items())), None)
+
+
+def _not_times(entry: dict, at: str) -> str | None:
+    """Where times and ratios of times are not what was measured: above 0, the median between the quantiles."""
+    times = {"us": (entry["q20"], entry["us"], entry["q80"])}
+    times |= {f"over.{name}": (found["q20"], found["median"], found["q80"]) for name, found in entry["over"].items()}
+    return next((f"{at}.{name} {found}" for name, found in times.items() if not 0 < found[0] <= found[1] <= found[2]), None)
 
 
 def _wrong(value: object, wanted: type | dict | list, at: str) -> str | None:

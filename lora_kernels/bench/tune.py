@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +21,7 @@ from .._console import console
 from .._errors import LoraValueError, message
 from ..tuning import store
 from . import arguments, provenance, shapes
-from .files import check_replaceable, check_writable, write_whole
+from .files import check_replaceable, check_writable, hold, write_whole
 
 DEFAULT_MODELS = ("llama-3-8b", "qwen3-8b", "smollm2-135m")
 QUICK = {"size": [(4096, 4096), (4096, 14336), (14336, 4096)], "tokens": [8192], "rank": [16, 64]}  # q, gate_up and down of Llama-3-8B
@@ -140,7 +142,11 @@ def _compile(device: torch.device, quick: bool, jobs: list[dict], processes: int
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _arguments(sys.argv[1:] if argv is None else argv)
+    with contextlib.ExitStack() as at_end:
+        return _tune(_arguments(sys.argv[1:] if argv is None else argv), at_end)
+
+
+def _tune(args: argparse.Namespace, at_end: contextlib.ExitStack) -> int:
     out = console()
     device = arguments.device(args.device)
     if device.type != "cuda" and (args.quick or args.compile):
@@ -157,6 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     path = (store.SHIPPED if args.ship else store.user_folder()) / tuned.file_name()
     if not args.compile:
         check_writable(path.parent, "the table's folder", "name another one in LORA_KERNELS_CACHE")
+        held = hold(path.parent, "wait for it, or name another folder in LORA_KERNELS_CACHE")  # each would write its own entries over the other's
+        if held is not None:
+            at_end.callback(os.close, held)
     table = TableFile(path, tuned, args.again)
     sizes = args.size or sizes_of(args.model or list(DEFAULT_MODELS))
     jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))

@@ -18,6 +18,11 @@ PLAIN = "compute this layer in plain PyTorch: F.linear(x, W, b) + s * F.linear(F
 any_autocast = torch._C._is_any_autocast_enabled  # of any device: the quick question
 
 
+def records_grad() -> bool:
+    """Whether autograd records: never in inference mode, also where `torch.enable_grad` was entered inside."""
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+
+
 def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
@@ -107,6 +112,11 @@ def check_memory(op: str, *tensors: object) -> None:
         if there < needed:
             got = f"{there} bytes for the {needed} of {t.dtype} {list(t.shape)}"
             raise LoraValueError(message(f"{op}: a tensor's storage was freed or shrunk", got, fix="gather it (FSDP, ZeRO-3) before the call"))
+
+
+def is_batched(dy: Tensor) -> bool:
+    """Whether vmap runs the backward: torch.autograd.grad(..., is_grads_batched=True), jacobian(vectorize=True), torch.vmap around autograd.grad."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.is_batchedtensor(dy)
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _checks_batched
 from ..native.signature import unobserved_signature
 from . import _registry
-from ._call import any_autocast, dense, keep, outside_autocast
+from ._call import any_autocast, dense, keep, outside_autocast, records_grad
 from .batch_meta import BatchMeta, check_ids, check_ranks, check_scalings
 
 _OP = "lora_batched_fwd"
@@ -38,7 +38,7 @@ def key_of(x: Tensor, tensors: Sequence[Tensor | None], mapping, *options) -> tu
     shown = unobserved_signature(x, *tensors, ids)
     if shown is None:
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+    if records_grad() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return None
     return (shown, prepared, any_autocast(), *options)
 

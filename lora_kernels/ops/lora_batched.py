@@ -13,7 +13,7 @@ from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import has_values
 from ..reference_batched import h_width
 from . import _serving_path
-from ._call import PLAIN, any_autocast, dense, draw_seed, exporting, in_autocast_dtype, refuse_transforms, run_op
+from ._call import PLAIN, any_autocast, dense, draw_seed, exporting, in_autocast_dtype, is_batched, records_grad, refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks, check_scalings
 
@@ -102,6 +102,8 @@ class _LoraBatched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if not torch.compiler.is_compiling() and is_batched(dy):
+            raise LoraKernelsError(message("lora_batched_linear: no vmap of the backward (is_grads_batched)", allowed="one dy at a time", fix=PLAIN))
         if torch.is_grad_enabled():  # create_graph=True
             return _OnceDifferentiable.apply(ctx, dy, *ctx.saved_tensors)
         return _LoraBatched.grads(ctx, dy)
@@ -286,7 +288,7 @@ def lora_batched_linear(
     seed = None if dropout_p is None else draw_seed(seed, x.device, op)
     call = _Call(meta.ids, rank_rows, scaling_rows, dropout_p, seed, meta.table, meta.block, rank_packed, meta.batch_invariant, backend, strict)
     tensors = (flat, *weights, *biases, *pools_a, *pools_b)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if records_grad() and any(t is not None and t.requires_grad for t in tensors):
         if rank_packed:
             raise LoraKernelsError(message(f"{op}: no gradients with rank_packed", allowed="serving only", fix="use one pool_a per slice"))
         if any(w.requires_grad for w in weights):

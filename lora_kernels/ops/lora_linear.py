@@ -21,6 +21,7 @@ from ._call import (
     draw_seed,
     exporting,
     in_autocast_dtype,
+    is_batched,
     keep,
     outside_autocast,
     refuse_transforms,
@@ -80,6 +81,7 @@ _bwd = torch.ops.lora_kernels.lora_linear_bwd.default
 # goes straight to its implementation.
 
 _is_compiling, _is_grad_enabled, _LARGEST = torch.compiler.is_compiling, torch.is_grad_enabled, _checks.LARGEST
+_is_inference = torch.is_inference_mode_enabled
 _forward_runs: dict[tuple, Callable] = {}
 _backward_runs: dict[tuple, Callable] = {}
 
@@ -169,6 +171,9 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
     autocast = not compiling and any_autocast()
     shown = None if compiling else unobserved_signature(dy, x, weight, lora_a, lora_b, h, mask)
     if shown is None:
+        if not compiling and is_batched(dy):
+            saved = None if x is dy else x
+            return outside_autocast(_differentiable_grads, dy.device.type, dy, saved, *args[:7], backend, strict, need_dx, need_da, need_db)
         if not compiling:
             _check_saved(dy, x, *args)
             check_memory("lora_linear", dy, x, *args)
@@ -202,11 +207,11 @@ def _check_saved(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, *_)
 
 
 def _differentiable_grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
-    """The backward under create_graph=True, in plain PyTorch, so that its gradients can be differentiated again."""
+    """The backward in plain PyTorch: under create_graph=True, so that its gradients can be differentiated again, and of many dy at once (vmap)."""
     rows = _rows(dy)
     if x is not None:
         h = reference.shrink(_rows(x), lora_a, mask, scaling, dropout_p) if need_db else h
-    elif need_db and need_dx:
+    elif need_db and need_dx and torch.is_grad_enabled():
         h = _OnceDifferentiable.apply(h, lora_b)
     given = rows if x is None else _rows(x)
     dx, da, db = reference.lora_linear_bwd(rows, given, weight, lora_a, lora_b, h, mask, scaling, dropout_p, need_dx, need_da, need_db)
@@ -281,8 +286,8 @@ def lora_linear(
     Source: LoRA, arXiv:2106.09685, eq. 3.
     """
     run = key = None
-    grad = _is_grad_enabled()
     compiling = _is_compiling()
+    grad = _is_grad_enabled() and (compiling or not _is_inference())  # as records_grad
     autocast = compiling or any_autocast()
     try:
         trained = grad and (lora_a.requires_grad or lora_b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad))

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _checks, _checks_batched
 from .._errors import LoraKernelsError, message
 from . import _serving_path
-from ._call import dense, refuse_transforms, run_op
+from ._call import dense, records_grad, refuse_transforms, run_op
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, check_ranks, check_scalings
 from .lora_batched import resolve_meta, squeeze_slab
@@ -35,7 +35,7 @@ def _fake(x, pools_a, ids, ranks, scalings, table, block, rank_packed, batch_inv
 
 
 def refuse_grad(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if records_grad() and any(t.requires_grad for t in tensors):
         raise LoraKernelsError(message(f"{op}: no gradients", allowed="serving", fix="lora_batched_linear trains; or run under torch.no_grad()"))
 
 

@@ -6,6 +6,7 @@ Shipped tables lie in `configs/`; the user's own (written by `lora-kernels tune`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -34,10 +35,13 @@ def table_name(gpu: str) -> str:
 
 
 def user_folder() -> Path:
-    """Where this user's measured tables lie."""
+    """Where this user's measured tables lie. Raises LoraValueError for a user without a home, who has none."""
     if os.environ.get("LORA_KERNELS_CACHE"):
         return Path(os.environ["LORA_KERNELS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
+    except RuntimeError as error:  # HOME is unset, and this user's id is not in /etc/passwd, as in a container
+        raise LoraValueError(message("no folder for measured plans", error, fix="set LORA_KERNELS_CACHE to a folder of yours")) from None
 
 
 def _key(problem: Problem) -> tuple:
@@ -95,7 +99,10 @@ def read_table(path: Path, device: str) -> Table:
 
 def readable(names: Iterable[str], read: Callable[[Path], T]) -> Iterator[T]:
     """The user's tables of these file names and the shipped ones, where they exist. A damaged or foreign one is left out, with one logged reason."""
-    for path in (folder / name for folder in (user_folder(), SHIPPED) for name in names):
+    folders = [SHIPPED]
+    with contextlib.suppress(LoraValueError):
+        folders.insert(0, user_folder())
+    for path in (folder / name for folder in folders for name in names):
         try:
             if path.is_file():
                 yield read(path)

@@ -9,6 +9,6 @@
 #include "wide.h"
 
 namespace lk {
-extern const Kernels kAmxBf16 = {"amx_bf16", dot,  panel_floats_tiles, panel_block_tiles, shrink_rows_tiles, panel_tiles, wide,
+extern const Kernels kAmxBf16 = {"amx_bf16", dot,  panel_floats_tiles, panel_block_tiles, shrinks_tiles, shrink_rows_tiles, panel_tiles, wide,
                                  mask,       cast, accumulate,         transpose_rows};
 }

@@ -7,5 +7,5 @@
 #include "wide.h"
 
 namespace lk {
-extern const Kernels kAvx2 = {"avx2", dot, panel_floats, panel_block, shrink_rows, panel, wide, mask, cast, accumulate, transpose_rows};
+extern const Kernels kAvx2 = {"avx2", dot, panel_floats, panel_block, shrinks, shrink_rows, panel, wide, mask, cast, accumulate, transpose_rows};
 }

@@ -8,5 +8,6 @@
 #include "wide.h"
 
 namespace lk {
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", dot, panel_floats, panel_block, shrink_rows, panel, wide, mask, cast, accumulate, transpose_rows};
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", dot,  panel_floats, panel_block, shrinks,    shrink_rows,
+                                    panel,         wide, mask,         cast,        accumulate, transpose_rows};
 }

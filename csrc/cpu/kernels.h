@@ -53,6 +53,14 @@ struct DotArgs {
   const RankRow* rows;  // instead of b and R, one per row; or null
 };
 
+// h made while x passes, instead of given: h[m, r] = alpha * sum_k keep(m, k) x[m, k] A(k, r), A as W: a[r, k], or a[k, r]
+struct Shrink {
+  In a;
+  Mask keep;
+  float alpha;
+  Out h;
+};
+
 // out[m, n] = alpha * (sum_k x_keep(m, k) x[m, k] W(k, n) + keep_scale * keep(m, n) * sum_r h[m, r] B(r, n)) + bias[n]   many rows: W repacked
 // W(k, n) = w[n, k] (and B(r, n) = b[n, r]) when nt, else w[k, n] * w_keep(k, n) (and b[r, n]).
 struct PanelArgs {
@@ -69,6 +77,7 @@ struct PanelArgs {
   bool thin;                // few rows against a long K, as of dA and dB: w may be read in place instead of repacked
   const Segment* segments;  // instead of b and R (b.ld is theirs), added after the base; or null
   int64_t segment_count, segment_R;
+  Shrink shrink;  // instead of h; a.p null: none
 };
 
 // out[m, c] = alpha * (sum_n x[m, n] w[n, c] + keep_scale * keep(m, c) * sum_r h[m, r] b[r, c])            few rows: w read in place, streamed once
@@ -101,7 +110,8 @@ struct Kernels {
   // workspace of panel calls over up to `rows` rows, of products with these M, K, R and segment_R or smaller ones
   int64_t (*panel_floats)(Dtype t, const PanelArgs& a, int64_t rows);
   PanelBlock (*panel_block)(Dtype t, const PanelArgs& a);
-  int64_t (*shrink_rows)(Dtype t, bool masked);  // from so many rows on x A^T does better in panel form; `masked`: with dropout
+  bool (*shrinks)(Dtype t, const PanelArgs& a, int threads);  // whether it gains to leave h to `a` (PanelArgs::shrink)
+  int64_t (*shrink_rows)(Dtype t, bool masked);               // from so many rows on x A^T does better in panel form; `masked`: with dropout
   void (*panel)(Dtype t, const PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws);  // panels p0 .. p1 of rows m0 .. m1
   void (*wide)(Dtype t, const WideArgs& a, int64_t c0, int64_t c1, float* ws);                            // ws: kWideFloats; c0 a multiple of 32
   void (*mask)(uint64_t seed, uint32_t threshold, int64_t K, Mask keep, int64_t m0, int64_t m1);

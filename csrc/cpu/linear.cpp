@@ -49,17 +49,21 @@ int64_t mask_words(const Problem& p) { return (p.K + 31) / 32; }
 
 constexpr int64_t kBroadRows = 128;  // with more rows packing W hardly counts, and the sums of a broad block outgrow the L2
 
-// out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term. In panel form it is left to the caller, in `products`
-void rows_times(const Kernels& k, const Problem& p, bool in_place, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha,
-                Out out, PanelArgs* products, int& count) {
+// out [M, C] = alpha * (x W + keep(h b)), W [N, C]; R = 0: no rank term
+PanelArgs rows_product(const Problem& p, int64_t N, int64_t C, In x, In w, int64_t R, In h, In b, Mask keep, float alpha, Out out) {
+  PanelArgs a{};
+  a.M = p.M, a.N = C, a.K = N, a.R = R, a.x = x, a.w = w, a.h = h, a.b = b;
+  a.out_keep = keep, a.alpha = alpha, a.keep_scale = keep_scale(p), a.out = out;
+  a.broad = p.M <= kBroadRows && C > kPanel;
+  return a;
+}
+
+// the same, computed; in panel form it is left to the caller, in `products`
+void rows_times(const Kernels& k, const Problem& p, bool in_place, const PanelArgs& a, PanelArgs* products, int& count) {
   if (in_place && p.M <= kWideRows) {
-    WideArgs a{p.M, N, R, x, w, h, b, keep, alpha, keep_scale(p), out, false};
-    wide_product(k, p.type, a, C, p.threads);
+    WideArgs wide{a.M, a.K, a.R, a.x, a.w, a.h, a.b, a.out_keep, a.alpha, a.keep_scale, a.out, false};
+    wide_product(k, p.type, wide, a.N, p.threads);
   } else {
-    PanelArgs a{};
-    a.M = p.M, a.N = C, a.K = N, a.R = R, a.x = x, a.w = w, a.h = h, a.b = b;
-    a.out_keep = keep, a.alpha = alpha, a.keep_scale = keep_scale(p), a.out = out;
-    a.broad = p.M <= kBroadRows && C > kPanel;
     products[count++] = a;
   }
 }
@@ -79,31 +83,32 @@ void lora_linear_fwd(const Problem& p, const Forward& f) {
   const Adapter& ad = p.adapter;
   const Cast a(k, p.type, ad.a_type, ad.a, ad.R, p.K);
 
-  if (p.M >= k.shrink_rows(p.type, drop)) {
+  const float alpha = p.scaling * (drop ? keep_scale(p) : 1.f);
+  const Mask keep = drop ? Mask{f.mask, mask_words(p)} : Mask{};
+  PanelArgs y{};
+  y.M = p.M, y.N = p.N, y.K = p.K, y.R = ad.R, y.x = f.x, y.w = f.w, y.h = {f.h.p, f.h.ld}, y.nt = true, y.bias = f.bias, y.alpha = 1.f, y.out = f.y;
+  if (p.form == kPanels && k.shrinks(p.type, y, p.threads)) {
+    y.shrink = {a.in, keep, alpha, f.h};
+  } else if (p.M >= k.shrink_rows(p.type, drop)) {
     PanelArgs shrink{};
-    shrink.M = p.M, shrink.N = ad.R, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.nt = true, shrink.out = f.h;
-    shrink.alpha = p.scaling * (drop ? keep_scale(p) : 1.f);
-    if (drop) shrink.x_keep = {f.mask, mask_words(p)};
+    shrink.M = p.M, shrink.N = ad.R, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.nt = true, shrink.x_keep = keep, shrink.alpha = alpha;
+    shrink.out = f.h;
     panel_products(k, p.type, &shrink, 1, p.threads);
   } else {
     DotArgs shrink{};
-    shrink.M = p.M, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.out = f.h;
-    shrink.alpha = p.scaling * (drop ? keep_scale(p) : 1.f);
-    if (drop) shrink.keep = {f.mask, mask_words(p)};
+    shrink.M = p.M, shrink.K = p.K, shrink.x = f.x, shrink.w = a.in, shrink.keep = keep, shrink.alpha = alpha, shrink.out = f.h;
     dot_product(k, p.type, shrink, ad.R, p.threads);
   }
   if (p.form == kRankOnly) return;
 
   const Cast b(k, p.type, ad.b_type, ad.b, p.N, ad.R);
-  const In h = {f.h.p, f.h.ld};
   if (p.form == kInPlace) {
     DotArgs d{};
-    d.M = p.M, d.K = p.K, d.R = ad.R, d.x = f.x, d.w = f.w, d.h = h, d.b = b.in, d.bias = f.bias, d.alpha = 1.f, d.out = f.y;
+    d.M = p.M, d.K = p.K, d.R = ad.R, d.x = f.x, d.w = f.w, d.h = y.h, d.b = b.in, d.bias = f.bias, d.alpha = 1.f, d.out = f.y;
     dot_product(k, p.type, d, p.N, p.threads);
   } else {
-    PanelArgs d{};
-    d.M = p.M, d.N = p.N, d.K = p.K, d.R = ad.R, d.x = f.x, d.w = f.w, d.h = h, d.b = b.in, d.nt = true, d.bias = f.bias, d.alpha = 1.f, d.out = f.y;
-    panel_products(k, p.type, &d, 1, p.threads);
+    y.b = b.in;
+    panel_products(k, p.type, &y, 1, p.threads);
   }
 }
 
@@ -117,19 +122,21 @@ void lora_linear_bwd(const Problem& p, const Backward& b) {
   const Scratch g_copy(b.g.p || !need_g ? 0 : static_cast<size_t>(p.M * ad.R * size_of(p.type)));
   const Out g = b.g.p ? b.g : Out{g_copy.as<char>(), ad.R};
   const In g_in = {g.p, g.ld};
-  if (need_g && p.M > 0) {
-    const Cast lora_b(k, p.type, ad.b_type, ad.b, p.N, ad.R);
-    PanelArgs product;
-    int count = 0;
-    rows_times(k, p, p.M <= 8, p.N, ad.R, b.dy, lora_b.in, 0, {}, {}, {}, p.scaling, g, &product, count);
-    if (count) panel_products(k, p.type, &product, 1, p.threads);
-  }
+  const bool need_dx = b.dx.p && p.M > 0;
+  const Cast lora_a(k, p.type, need_dx ? ad.a_type : p.type, ad.a, ad.R, p.K), lora_b(k, p.type, need_g ? ad.b_type : p.type, ad.b, p.N, ad.R);
 
   PanelArgs products[3];  // dx, dA, dB
   int count = 0;
-  const bool need_dx = b.dx.p && p.M > 0;
-  const Cast lora_a(k, p.type, need_dx ? ad.a_type : p.type, ad.a, ad.R, p.K);
-  if (need_dx) rows_times(k, p, p.form == kInPlace, p.N, p.K, b.dy, b.w, ad.R, g_in, lora_a.in, keep, 1.f, b.dx, products, count);
+  PanelArgs dx = rows_product(p, p.N, p.K, b.dy, b.w, ad.R, g_in, lora_a.in, keep, 1.f, b.dx);
+  if (need_dx && k.shrinks(p.type, dx, p.threads)) {
+    dx.shrink = {lora_b.in, {}, p.scaling, g};
+    panel_products(k, p.type, &dx, 1, p.threads);
+  } else {
+    if (need_g && p.M > 0) rows_times(k, p, p.M <= 8, rows_product(p, p.N, ad.R, b.dy, lora_b.in, 0, {}, {}, {}, p.scaling, g), products, count);
+    if (count) panel_products(k, p.type, products, count, p.threads);
+    count = 0;
+    if (need_dx) rows_times(k, p, p.form == kInPlace, dx, products, count);
+  }
 
   // dA = g^T drop(x) and dB = dy^T h: the rank is the short side, the long reduction runs over M
   const Transposed gt(k, p.type, g_in, b.d_a.p ? p.M : 0, ad.R, p.threads), ht(k, p.type, b.h, b.d_b.p ? p.M : 0, ad.R, p.threads);

@@ -169,6 +169,7 @@ lk::PanelBlock panel_block(lk::Dtype t, const lk::PanelArgs& a) {
   const int64_t rows = t == lk::kF32 ? rows_of<float>(a) : t == lk::kBF16 ? rows_of<bf16>(a) : rows_of<f16>(a);
   return {rows, a.broad || is_outer(a) ? lk::kBroad : 1, 12, 0};
 }
+bool shrinks(lk::Dtype, const lk::PanelArgs&, int) { return false; }
 int64_t shrink_rows(lk::Dtype, bool masked) { return masked ? lk::kNever : 128; }  // x_keep is the dot form's
 
 template <class T, class OT>

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t TILE_KC = 1280;    // lanes along k of one packed block
 constexpr int64_t TILE_STRIP = 320;  // the part of them whose rows stay in the L1 while all columns pass
 constexpr int64_t TILE_PANELS = 4;   // panels packed together: 1.25 MiB of L2
-// Of a K that goes in one block more of them, up to 1 MiB, so that x is read once for all: its rows come from the L3, 576 x 576, M 2048 takes 30 %
-// less with all nine panels than with four (benchmarks/cpu_kernels.cpp with the store below).
+// Of a K that goes in one block more of them, up to 1 MiB, so that x passes once for all of them. With this, sums that leave beside the next products
+// and h made on the way 576 x 576, M 2048 takes 0.94 and 1.00 of the frozen layer instead of 1.28 and 1.32 (two threads, `lora-kernels bench`).
 constexpr int64_t MOST_PANELS = 16, PACKED_LANES = 4096;
 constexpr int64_t FEW = 64, MORE = 256;  // most rows for which x is packed instead of W
 constexpr int64_t FEW_PANELS = 16;       // panels of one call then: x is packed once for 1024 rows of W
@@ -21,7 +21,8 @@ constexpr int64_t FEW_OF_ONE = 4;        // rows of one adapter that take its B 
 // Up to so many rows packing W is a matter of fetching it: longer pieces of its rows, in shallower blocks. dx of M 8, 2048 x 2048 takes 1537 us
 // instead of 1592 (benchmarks/cpu_kernels.cpp).
 constexpr int64_t STREAM_ROWS = 128, STREAM_KC = 128, STREAM_PANELS = 8;
-constexpr int64_t SHARED_ROWS = 512;    // for so many rows a thread packs the panels that another has packed, too
+constexpr int64_t SHARED_ROWS = 512;    // so many rows pay for packing panels that another thread has packed, too
+constexpr int64_t SHRINK_RANKS = 64;    // most ranks of an h that is made while x passes
 constexpr int64_t TILE_ROWS = 2016;     // rows of one call
 constexpr int64_t TILE_SUM_ROWS = 768;  // the same where the sums of all rows wait for the next block of k
 
@@ -42,7 +43,7 @@ LK_INLINE int64_t tile_depth(const lk::PanelArgs& a, bool few) {
 // Panels packed together.
 LK_INLINE int64_t most_panels(const lk::PanelArgs& a, bool few) {
   if (!few && a.M <= STREAM_ROWS) return STREAM_PANELS;
-  if (few || ceil_div(a.K, 2) > TILE_KC || a.out_t || a.segments) return TILE_PANELS;
+  if (few || a.M < SHARED_ROWS || ceil_div(a.K, 2) > TILE_KC || a.out_t || a.segments) return TILE_PANELS;
   const int64_t fit = PACKED_LANES / (tile_depth(a, few) + tile_up(ceil_div(a.R, 2)));
   const int64_t most = fit > MOST_PANELS ? MOST_PANELS : fit > TILE_PANELS ? fit : TILE_PANELS, all = ceil_div(a.N, NP);
   return all > most ? ceil_div(all, ceil_div(all, most)) : most;  // even shares
@@ -55,7 +56,7 @@ lk::PanelBlock tile_panel_block(const lk::PanelArgs& a) {
 
 // A call's workspace: sized and laid out by one function.
 struct TileSpace {
-  float *packed, *rank, *sums, *turned, *segment, *segment_sums;
+  float *packed, *rank, *sums, *turned, *segment, *segment_sums, *shrink, *shrink_sums;
   bf16 *rows, *rank_rows, *segment_h;
   int64_t few_columns, floats = 0;
   TileSpace(const lk::PanelArgs& a, bool few, int64_t m_rows, float* ws) : few_columns(ceil_div(min(m_rows, MORE), BLOCK) * BLOCK) {
@@ -74,6 +75,8 @@ struct TileSpace {
     segment = take(tile_up(ceil_div(a.segment_R, 2)) * NP);
     segment_sums = take(a.segment_R ? BLOCK * NP : 0);
     segment_h = reinterpret_cast<bf16*>(take(tile_up(ceil_div(a.segment_R, 2)) * BLOCK));
+    shrink = take(a.shrink.a.p ? depth * ceil_div(a.R, BLOCK) * BLOCK : 0);
+    shrink_sums = take(a.shrink.a.p ? BLOCK * BLOCK : 0);
     rows = reinterpret_cast<bf16*>(take(depth * BLOCK));
     rank_rows = reinterpret_cast<bf16*>(take(RD * BLOCK));
   }
@@ -167,31 +170,57 @@ struct Leaving {
   }
 };
 
+// W or one like it, [columns, K] or, not `nt`, [K, columns], as the columns' operand: lanes k0 .. k1.
+LK_INLINE void pack_columns(bool nt, lk::In w, int64_t cols, int64_t k0, int64_t k1, int64_t K, float* dst, int64_t depth, lk::Mask keep = {},
+                            int64_t n = 0) {
+  const bf16* p = static_cast<const bf16*>(w.p);
+  nt ? pack_nt<bf16, 1>(p, w.ld, cols, k0, k1, K, dst, depth) : pack_tile_rows(p, w.ld, cols, k0, k1, K, dst, depth, keep, n);
+  pad_lanes(dst, cols, k1 - k0, depth);
+}
+
+// h of some rows from m on: copied, as the rows' operand of the rank term, and, when `kept`, to where it shall lie.
+LK_INLINE TileRows shrink_block(const lk::PanelArgs& a, int64_t m, int64_t rows, int64_t depth, const TileSpace& s, bool kept) {
+  const lk::Shrink& to = a.shrink;
+  const TileRows x = tile_rows(static_cast<const bf16*>(a.x.p) + m * a.x.ld, a.x.ld, rows, a.K, s.rows, to.keep, m, 0);
+  const V alpha = set1(to.alpha);
+  for (int64_t r = 0; r < a.R; r += BLOCK) {
+    const int64_t cols = min(a.R - r, BLOCK);
+    tile_block_of(rows, cols, {}, {x, s.shrink + r * depth, depth, depth / TILE}, {}, {s.shrink_sums, BLOCK}, false);
+    for (int64_t i = 0; i < rows; i++) {
+      const float* c = s.shrink_sums + i * BLOCK;
+      const V low = fma(load(c), alpha, zero()), high = cols > L ? fma(load(c + L), alpha, zero()) : zero();
+      const __m512i h = _mm512_maskz_mov_epi16(first32(cols), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      _mm512_storeu_si512(s.rank_rows + r * BLOCK + i * STEP_K, h);
+      if (kept) _mm512_mask_storeu_epi16(static_cast<bf16*>(to.h.p) + (m + i) * to.h.ld + r, first32(cols), h);
+    }
+  }
+  return {s.rank_rows, STEP_K, COPIED_STEP};
+}
+
 template <class OT>
 void tile_panel_many(const lk::PanelArgs& a, int64_t p0, int64_t p1, int64_t m0, int64_t m1, float* ws) {
   const TileSpace s(a, false, m1 - m0, ws);
   const int64_t n = p0 * NP, cols = min(a.N, p1 * NP) - n, ldc = (p1 - p0) * NP, KD = ceil_div(a.K, 2), RD = ceil_div(a.R, 2);
   const int64_t deepest = tile_depth(a, false), rank_depth = tile_up(RD);
-  const bf16* w = static_cast<const bf16*>(a.w.p) + (a.nt ? n * a.w.ld : n);
-  if (a.R) {
-    const bf16* b = static_cast<const bf16*>(a.b.p) + (a.nt ? n * a.b.ld : n);
-    a.nt ? pack_nt<bf16, 1>(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth) : pack_tile_rows(b, a.b.ld, cols, 0, RD, a.R, s.rank, rank_depth);
-    pad_lanes(s.rank, cols, RD, rank_depth);
-  }
+  const auto from = [&](lk::In w) { return lk::In{static_cast<const bf16*>(w.p) + (a.nt ? n * w.ld : n), w.ld}; };
+  if (a.R) pack_columns(a.nt, from(a.b), cols, 0, RD, a.R, s.rank, rank_depth);
+  const bool shrinks = a.R && a.shrink.a.p;
+  if (shrinks) pack_columns(a.nt, a.shrink.a, a.R, 0, KD, a.K, s.shrink, tile_up(KD));
   const bool whole = KD > deepest || a.out_t || a.segments;
   Leaving<OT> leaving{&a, 0, 0, 0, 0, 0, {}};
   int64_t k0 = 0;
   do {  // once even for K = 0: the rank term and the bias remain
     const int64_t k1 = min(k0 + deepest, KD), depth = tile_up(k1 - k0), K = min((k1 - k0) * 2, a.K - k0 * 2);
     const bool last = k1 == KD, rank = a.R && k0 == 0;
-    a.nt ? pack_nt<bf16, 1>(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth)
-         : pack_tile_rows(w, a.w.ld, cols, k0, k1, a.K, s.packed, depth, a.w_keep, n);
-    pad_lanes(s.packed, cols, k1 - k0, depth);
+    pack_columns(a.nt, from(a.w), cols, k0, k1, a.K, s.packed, depth, a.w_keep, n);
     const int64_t strips = ceil_div(depth, TILE_STRIP), strip = strips > 1 ? tile_up(ceil_div(depth, strips)) : depth;
     for (int64_t m = m0; m < m1; m += BLOCK) {
       const int64_t rows = min(m1 - m, BLOCK);
       TileRows h{};
-      if (rank) h = tile_rows(static_cast<const bf16*>(a.h.p) + m * a.h.ld, a.h.ld, rows, a.R, s.rank_rows);
+      if (rank && shrinks)
+        h = shrink_block(a, m, rows, depth, s, p0 == 0);
+      else if (rank)
+        h = tile_rows(static_cast<const bf16*>(a.h.p) + m * a.h.ld, a.h.ld, rows, a.R, s.rank_rows);
       int64_t s0 = 0;
       do {
         const int64_t s1 = min(s0 + strip, depth), k = (k0 + s0) * 2;
@@ -291,6 +320,11 @@ int64_t panel_floats_tiles(lk::Dtype t, const lk::PanelArgs& a, int64_t rows) {
   streamed.M = min(a.M, STREAM_ROWS);
   const int64_t few = TileSpace(a, true, rows, nullptr).floats, many = TileSpace(a, false, rows, nullptr).floats;
   return max(max(few, many), TileSpace(streamed, false, min(rows, STREAM_ROWS), nullptr).floats);
+}
+// In one block of k, and where few calls share a row: each makes its h anew.
+bool shrinks_tiles(lk::Dtype t, const lk::PanelArgs& a, int threads) {
+  if (t != lk::kBF16) return shrinks(t, a, threads);
+  return a.M >= SHARED_ROWS * threads && ceil_div(a.K, 2) <= TILE_KC && a.R <= SHRINK_RANKS && a.N <= 2 * most_panels(a, false) * NP;
 }
 int64_t shrink_rows_tiles(lk::Dtype t, bool masked) { return t == lk::kBF16 ? lk::kAnyRows : shrink_rows(t, masked); }
 lk::PanelBlock panel_block_tiles(lk::Dtype t, const lk::PanelArgs& a) { return t == lk::kBF16 ? tile_panel_block(a) : panel_block(t, a); }

@@ -114,6 +114,16 @@ def test_a_model_without_values_is_refused(base):
         AdapterPool(base.to("meta"), 2, 4)
 
 
+def test_layers_of_a_subclass_alone_are_named():
+    class Scaled(nn.Linear):
+        """As Falcon's FalconLinear, with a forward of its own."""
+
+    with pytest.raises(
+        LoraValueError, match="no linear layers to serve; got Sequential; allowed: plain torch.nn.Linear layers; none of a subclass.*: Scaled"
+    ):
+        AdapterPool(nn.Sequential(Scaled(4, 4)), max_loras=1, max_rank=4)
+
+
 def test_quantised_weights_are_served_beside_their_own_product_alone(base, folder):
     layer = base.model.layers[0].self_attn.q_proj
     plain = AdapterPool(base, 2, 4)

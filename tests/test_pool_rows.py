@@ -12,6 +12,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import LoraValueError
+from lora_kernels.serving.layers import scattered
 
 __all__ = ["one_thread"]
 IDS = torch.tensor([[3, 5, 7, 9]])
@@ -277,6 +278,11 @@ class Routed(nn.Module):
         for i, expert in enumerate(self.experts):
             y[ids % 2 == i] = expert(x[ids % 2 == i])
         return y
+
+
+def test_a_router_gets_every_token():
+    """JetMoE's lies among the experts."""
+    assert [*scattered(nn.Module(), ["mlp.experts.0.up", "mlp.experts.router.layer"])] == ["mlp.experts.0.up"]
 
 
 def test_routed_experts_serve_batches_of_one_adapter(tmp_path):

@@ -256,7 +256,7 @@ class Batch:
             fits = lead == self._sequences if x.dim() > 2 else M in self._tokens | seen
             allowed = f"{self._sequences} sequences, as the model's input has, one after the other; x {list(x.shape)}"
         if not fits:
-            fix = "one name per sequence; for packed or ragged tokens, and where time comes first, use batch_tokens"
+            fix = "one name per sequence, batch_tokens for packed or ragged tokens, or target_modules that leave the layer out of the pool"
             raise LoraValueError(message("the batch does not fit this forward", f"{n} names", allowed, fix))
 
     def _expand(self, M: int) -> Tensor:

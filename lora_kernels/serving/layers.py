@@ -185,6 +185,8 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
         allowed, fix = "; ".join(["plain torch.nn.Linear layers", *dict.fromkeys(left_out.values())]), None
         if any(type(m) is PooledLinear for m in model.modules()):
             fix = "close() the pool that the model has"
+        elif subclasses := sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear}):
+            allowed += f"; none of a subclass, whose own forward would not run: {', '.join(subclasses)}"
         elif not left_out:
             fix = "name layers of type torch.nn.Linear in target_modules"
         raise LoraValueError(message("AdapterPool: no linear layers to serve", type(model).__name__, allowed, fix))
@@ -213,7 +215,7 @@ def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     beside = any(not p & TOWERS for p in parts.values())  # a model of one tower has its inputs for sequences
     found = {}
     for name, of in parts.items():
-        if "experts" in of:
+        if "experts" in of and "router" not in of:
             found[name] = "a routed expert, which takes tokens of any sequence"
         elif beside and of & TOWERS:
             found[name] = "in the tower of another modality, of which a sequence may bring several inputs or none"

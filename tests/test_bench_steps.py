@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_kernels._console import console
-from lora_kernels.bench import records, report, steps
+from lora_kernels.bench import provenance, records, report, steps
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -75,7 +75,7 @@ def test_wrong_gradients_are_refused(monkeypatch):
 
 
 def test_record_is_written_and_printed(record, tmp_path, capsys):
-    writer = records.Writer(tmp_path, "steps", {}, {})
+    writer = records.Writer(tmp_path, "steps", provenance.collect(torch.device("cpu")), {})
     writer.add(record)
     report.print_record(console(), "steps", records.read(tmp_path / "steps.json")["records"][0])
     text = capsys.readouterr().out

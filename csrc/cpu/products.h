@@ -48,19 +48,25 @@ struct Deal {
     groups = (panels + width - 1) / width;
     chunks = (a.M + block.rows - 1) / block.rows;
     const int64_t shares = threads == 2 ? 2 : std::max<int64_t>(8, threads / groups);
-    if (threads > 1 && groups % threads) chunks = std::max(chunks, width > 1 ? threads : std::min<int64_t>(shares, a.M / kFewestRows));
+    if (width > 1 && panels % (width * threads)) chunks = (std::max<int64_t>(chunks, threads) + threads - 1) / threads * threads;
+    if (width == 1 && threads > 1 && panels % threads) chunks = std::max(chunks, std::min<int64_t>(shares, a.M / kFewestRows));
     chunks = std::max<int64_t>(chunks, 1);
     rows = ((a.M + chunks - 1) / chunks + block.row_tile - 1) / block.row_tile * block.row_tile;
     chunks = std::max<int64_t>((a.M + rows - 1) / rows, 1);
   }
   int64_t units() const { return groups * chunks; }
+  // units that a thread takes together
+  int64_t grain(const PanelBlock& block) const { return width > 1 ? 1 : chunks * block.panels; }
 };
 
-// units u0..u1 of one product: whole panels together where a call takes several, else neighbouring chunks of one group, so that it is packed once
+// units u0..u1 of one product: whole panels together where a call takes several, else neighbouring chunks of one panel, so that it is packed once
 inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const PanelBlock& block, const Deal& d, int64_t u0, int64_t u1, float* ws) {
+  for (; d.width > 1 && u0 < u1; u0++) {  // a chunk's groups follow each other
+    const int64_t p = u0 % d.groups * d.width, m = u0 / d.groups * d.rows;
+    k.panel(t, a, p, p + d.width, m, std::min(a.M, m + d.rows), ws);
+  }
   while (u0 < u1) {
-    const int64_t p = u0 / d.chunks * d.width, c0 = u0 % d.chunks;
-    const int64_t panels = block.panels > d.width && c0 == 0 ? std::min(block.panels, (u1 - u0) / d.chunks) : 0;
+    const int64_t p = u0 / d.chunks, c0 = u0 % d.chunks, panels = block.panels > 1 && c0 == 0 ? std::min(block.panels, (u1 - u0) / d.chunks) : 0;
     if (panels > 0) {
       for (int64_t m = 0; m < a.M; m += block.rows) k.panel(t, a, p, p + panels, m, std::min(a.M, m + block.rows), ws);
       u0 += panels * d.chunks;
@@ -68,7 +74,7 @@ inline void panel_units(const Kernels& k, Dtype t, const PanelArgs& a, const Pan
     }
     int64_t c1 = std::min(d.chunks, c0 + (u1 - u0));
     c1 = std::min(c1, c0 + std::max<int64_t>(1, block.rows / d.rows));
-    k.panel(t, a, p, p + d.width, c0 * d.rows, std::min(a.M, c1 * d.rows), ws);
+    k.panel(t, a, p, p + 1, c0 * d.rows, std::min(a.M, c1 * d.rows), ws);
     u0 += c1 - c0;
   }
 }
@@ -98,8 +104,7 @@ inline void panel_products(const Kernels& k, Dtype t, const PanelArgs* a, int co
   }
   const int shares = static_cast<int>(std::min<int64_t>(threads_for(work, threads), most));
   std::vector<Units> units;
-  for (int i = 0; i < count; i++)
-    units.emplace_back(deals[i].units(), shares, deals[i].chunks * (blocks[static_cast<size_t>(i)].panels / deals[i].width));
+  for (int i = 0; i < count; i++) units.emplace_back(deals[i].units(), shares, deals[i].grain(blocks[static_cast<size_t>(i)]));
   const Scratch ws(static_cast<size_t>(floats * 4 * shares));
   run_shares(shares, [&](int share) {
     for (int i = 0; i < count; i++)

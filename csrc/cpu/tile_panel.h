@@ -40,13 +40,13 @@ LK_INLINE int64_t tile_depth(const lk::PanelArgs& a, bool few) {
   return blocks > 1 ? tile_up(ceil_div(KD, blocks)) : tile_up(KD);
 }
 
-// Panels packed together.
+// Panels packed together, even shares of all.
 LK_INLINE int64_t most_panels(const lk::PanelArgs& a, bool few) {
   if (!few && a.M <= STREAM_ROWS) return STREAM_PANELS;
-  if (few || a.M < SHARED_ROWS || ceil_div(a.K, 2) > TILE_KC || a.out_t || a.segments) return TILE_PANELS;
-  const int64_t fit = PACKED_LANES / (tile_depth(a, few) + tile_up(ceil_div(a.R, 2)));
-  const int64_t most = fit > MOST_PANELS ? MOST_PANELS : fit > TILE_PANELS ? fit : TILE_PANELS, all = ceil_div(a.N, NP);
-  return all > most ? ceil_div(all, ceil_div(all, most)) : most;  // even shares
+  const int64_t all = ceil_div(a.N, NP), lanes = tile_depth(a, few) + tile_up(ceil_div(a.R, 2));  // no lanes: of a batch without rows dA has none
+  const bool more = !few && a.M >= SHARED_ROWS && ceil_div(a.K, 2) <= TILE_KC && !a.out_t && !a.segments;
+  const int64_t most = more ? max(min(PACKED_LANES / max(lanes, 1), MOST_PANELS), TILE_PANELS) : TILE_PANELS;
+  return all > most ? ceil_div(all, ceil_div(all, most)) : most;
 }
 
 lk::PanelBlock tile_panel_block(const lk::PanelArgs& a) {
@@ -69,7 +69,8 @@ struct TileSpace {
     };
     packed = take(few ? depth * few_columns : min(depth * MOST_PANELS, TILE_KC * TILE_PANELS) * NP);  // no less for a larger K
     rank = take(RD * (few ? few_columns : MOST_PANELS * NP));
-    sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * few_columns : max((m_rows + BLOCK) * waiting, at_once));
+    const bool wait = KD > most || a.out_t || a.segments || a.segment_R;
+    sums = take(few ? (KD > most ? TILE_PANELS : 1) * NP * few_columns : wait ? max((m_rows + BLOCK) * waiting, at_once) : at_once);
     static_assert(FEW * FEW_PANELS >= MORE);
     turned = take(few ? (a.segment_R ? FEW * FEW_PANELS : few_columns) * NP : 0);
     segment = take(tile_up(ceil_div(a.segment_R, 2)) * NP);

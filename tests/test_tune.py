@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from types import SimpleNamespace
 
 import cuda_stand_in
@@ -222,11 +221,9 @@ def test_options_of_which_one_would_go_unheard(fake, capsys, argv, words):
 
 def test_one_process_at_a_time_writes_a_folder(fake, tmp_path):
     """Each would write the entries that it knows of over the other's."""
-    held = files.hold(tmp_path, "")
-    with pytest.raises(lk.LoraValueError, match="is in use; got another process .*; fix: wait for it"):
+    with files.hold(tmp_path, ""), pytest.raises(lk.LoraValueError, match="is in use; got another process .*; fix: wait for it"):
         tune.main(ARGS)
     assert fake.measured == []
-    os.close(held)
     assert tune.main(ARGS) == 0
     assert fake.measured == [1, 2]
 

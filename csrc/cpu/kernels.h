@@ -77,7 +77,7 @@ struct PanelArgs {
   bool thin;                // few rows against a long K, as of dA and dB: w may be read in place instead of repacked
   const Segment* segments;  // instead of b and R (b.ld is theirs), added after the base; or null
   int64_t segment_count, segment_R;
-  Shrink shrink;  // instead of h; a.p null: none
+  Shrink shrink;  // instead of h, where Kernels::shrinks says so; a.p null: none
 };
 
 // out[m, c] = alpha * (sum_n x[m, n] w[n, c] + keep_scale * keep(m, c) * sum_r h[m, r] b[r, c])            few rows: w read in place, streamed once

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -30,19 +32,23 @@ def check_replaceable(path: Path, fix: str) -> None:
         raise LoraValueError(message(f"{path} cannot be written", "a folder" if path.is_dir() else "no regular file", "a file, or nothing yet", fix))
 
 
-def hold(folder: Path, fix: str) -> int | None:
-    """A lock on the folder, until the file descriptor is closed or the process ends. Raises LoraValueError where another process has it."""
+@contextlib.contextmanager
+def hold(folder: Path, fix: str) -> Iterator[None]:
+    """A lock on the folder for the block. Raises LoraValueError where another process has it. None where the system or the disk has no locks."""
     if fcntl is None:
-        return None
+        yield
+        return
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LoraValueError(message(f"{folder} is in use", "another process that writes there", "one at a time", fix)) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
         os.close(held)
-        raise LoraValueError(message(f"{folder} is in use", "another process that writes there", "one at a time", fix)) from None
-    except OSError:  # a file system without locks
-        pass
-    return held
 
 
 def write_whole(path: Path, text: str) -> None:

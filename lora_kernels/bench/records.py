@@ -62,9 +62,9 @@ def read(path: Path) -> dict:
     ours = isinstance(data, dict) and data.get("schema") == SCHEMA and data.get("suite") in SUITES
     if not ours or not isinstance(data.get("records"), list) or not isinstance(data.get("provenance"), dict):
         raise LoraValueError(message(f"{path} is no results file of this version", allowed=f"schema {SCHEMA}", fix="run lora-kernels bench again"))
-    if data["records"] and (found := _wrong(data["provenance"], _WHERE, "provenance")):
-        raise LoraValueError(message(f"{path} is damaged", found, fix="run lora-kernels bench again"))
-    wrong = (_wrong_record(record, data["suite"], f"records[{i}]") for i, record in enumerate(data["records"]))
+    wrong = [_wrong_record(record, data["suite"], f"records[{i}]") for i, record in enumerate(data["records"])]
+    if wrong:  # without results nothing is read of where they are from
+        wrong.insert(0, _wrong(data["provenance"], _WHERE, "provenance"))
     if found := next(filter(None, wrong), None):
         raise LoraValueError(message(f"{path} is damaged", found, fix="run lora-kernels bench again"))
     return data

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -163,9 +162,8 @@ def _tune(args: argparse.Namespace, at_end: contextlib.ExitStack) -> int:
     path = (store.SHIPPED if args.ship else store.user_folder()) / tuned.file_name()
     if not args.compile:
         check_writable(path.parent, "the table's folder", "name another one in LORA_KERNELS_CACHE")
-        held = hold(path.parent, "wait for it, or name another folder in LORA_KERNELS_CACHE")  # each would write its own entries over the other's
-        if held is not None:
-            at_end.callback(os.close, held)
+        # two would write their entries over each other's
+        at_end.enter_context(hold(path.parent, "wait for it, or name another folder in LORA_KERNELS_CACHE"))
     table = TableFile(path, tuned, args.again)
     sizes = args.size or sizes_of(args.model or list(DEFAULT_MODELS))
     jobs = tuned.jobs(sizes, tuple(args.tokens or tuned.tokens), tuple(args.rank or shapes.RANKS))

@@ -100,7 +100,6 @@ class Batch:
         self.mixed = False  # whether its rows have different adapters
         self.with_bias = False
         self._running: nn.Module | None = None  # the whole model, or its encoder called for itself, during a forward
-        self._fits = False  # whether its input is as many sequences or tokens as this batch is for
         self._sequences: int | None = None  # the leading dimension of its input, where that fits
         self._tokens: set[int] = set()  # rows that its layers may have where sequences and tokens are one dimension
         self.shared: tuple[Group, Tensor, int, int, list[Tensor]] | None = None
@@ -128,7 +127,7 @@ class Batch:
             raise LoraKernelsError(message(f"a batch cannot be left here: it {reason}", fix="leave it once, in the thread that entered it"))
         self.current.leave(self)
         self.recorded, self.shared, self._metas = None, None, {}
-        self._running, self._fits, self._sequences = None, False, None
+        self._running, self._sequences = None, None
         self._pool._left(self._adapters)
 
     def update_(self, rows: Sequence[str | None] | Tensor) -> Batch:
@@ -208,11 +207,16 @@ class Batch:
         lead = next((t.shape[0] for t in inputs if t.dim() > 1), 0)
         self._sequences = lead if lead and lead % self._ids.shape[0] == 0 else None
         self._tokens = {lead, *(lead * t.shape[1] for t in inputs if t.dim() > 1 and t.shape[0] == lead)}
-        self._fits = self._ids.shape[0] in self._tokens if self._per_token else self._sequences is not None
 
     def end_forward(self, module: nn.Module) -> None:
         if module is self._running:
-            self._running, self._fits, self._sequences = None, False, None
+            self._running, self._sequences = None, None
+
+    def _fits(self) -> bool:
+        """Whether the model that runs has an input of as many sequences or tokens as this batch is for."""
+        if self._per_token:
+            return self._running is not None and self._ids.shape[0] in self._tokens
+        return self._sequences is not None
 
     def adapts(self, target: Target) -> bool:
         """Whether a layer whose rows are not the batch's sequences in order is to add an adapter. Raises where rows have different ones."""
@@ -242,7 +246,7 @@ class Batch:
         return BatchMeta(self._expand(M).to(x.device), self._pool._num_slots, self._pool._batch_invariant)
 
     def _check(self, x: Tensor, M: int) -> None:
-        if self._fits and not self.mixed and not torch.compiler.is_compiling():  # whichever rows these are, all have the same adapter
+        if not self.mixed and self._fits() and not torch.compiler.is_compiling():  # whichever rows these are, all have the same adapter
             return
         n = self._ids.shape[0]
         lead = x.shape[0] if x.dim() > 2 else M
@@ -260,7 +264,10 @@ class Batch:
             raise LoraValueError(message("the batch does not fit this forward", f"{n} names", allowed, fix))
 
     def _expand(self, M: int) -> Tensor:
-        """Ids per row: a sequence's rows (its tokens, and its beams, which generate() lays side by side) follow each other."""
+        """Ids per row: a sequence's rows (its tokens, and its beams, which generate() lays side by side) follow each other.
+
+        Where the names do not divide the rows, all have the same adapter.
+        """
         n = self._ids.shape[0]
         if n == M:
             return self._ids

@@ -208,9 +208,7 @@ TIME_FIRST = {
 
 def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Those of the layers whose rows are not the batch's sequences in order, as far as their place tells, with the reason."""
-    decoders = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.TransformerDecoderLayer)]
-    time_first = tuple(f"{name}." if name else "" for name, m in decoders if not m.self_attn.batch_first)
-    turned = tuple(f"{name}." if name else "" for name, m in model.named_modules() if _kind(m) in TIME_FIRST)
+    turned = {f"{name}." if name else "": why for name, m in model.named_modules() if (why := _time_first(m))}
     parts = {name: set(name.split(".")) for name in names}
     beside = any(not p & TOWERS for p in parts.values())  # a model of one tower has its inputs for sequences
     found = {}
@@ -219,16 +217,17 @@ def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             found[name] = "a routed expert, which takes tokens of any sequence"
         elif beside and of & TOWERS:
             found[name] = "in the tower of another modality, of which a sequence may bring several inputs or none"
-        elif time_first and name.startswith(time_first):
-            found[name] = "in a decoder layer made with batch_first=False"
-        elif turned and name.startswith(turned):
-            found[name] = "in a layer that gets time before the sequences"
+        elif why := next((why for prefix, why in turned.items() if name.startswith(prefix)), None):
+            found[name] = why
     return found
 
 
-def _kind(m: nn.Module) -> str:
-    """The class, with the last part of its module's name."""
-    return f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}"
+def _time_first(m: nn.Module) -> str | None:
+    """Why the layers below this module get time before the sequences, or None."""
+    if isinstance(m, nn.TransformerDecoderLayer) and not m.self_attn.batch_first:
+        return "in a decoder layer made with batch_first=False"
+    kind = f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}"
+    return "in a layer that gets time before the sequences" if kind in TIME_FIRST else None
 
 
 def _left_out(model: nn.Module) -> dict[str, str]:

@@ -141,6 +141,7 @@ DAMAGED = {
     "no time at all": _timed(us=0.0),
     "quantiles in another order": _timed(q20=3.0),
     "a ratio of nothing": _timed(over={"peft": {"median": 0.0, "q20": 0.0, "q80": 0.0}}),
+    "an unknown dtype": {"case": vars(CASE) | {"dtype": "float8"}, "floor": {"us": 1.0, "bytes": 1}, "results": {}},
     "a list of results": {"case": vars(CASE), "floor": {"us": 1.0, "bytes": 1}, "results": [1]},
 }
 

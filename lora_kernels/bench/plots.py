@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import records
 from .records import case_of
-from .shapes import Case
+from .shapes import SHORT, Case
 
 # contestant -> name, colour, mark
 STYLES = {
@@ -84,9 +84,6 @@ def _series(data: dict, wanted: Callable[[Case], bool], by: Callable[[Case], tup
 def _widest(groups: dict[tuple, list[dict]], spread: Callable[[Case], int]) -> list[dict]:
     """The group that covers most values of the x axis."""
     return max(groups.values(), key=lambda rows: len({spread(case_of(r)) for r in rows}), default=[])
-
-
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _plain(data: dict) -> Callable[[Case], bool]:

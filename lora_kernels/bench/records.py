@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 from .._errors import LoraValueError, message
 from .files import write_whole
-from .shapes import Case
+from .shapes import SHORT, Case
 from .timing import Ratio
 
 SCHEMA = 1
@@ -83,6 +83,8 @@ def _wrong_record(record: object, suite: str, at: str) -> str | None:
     wrong = _wrong(record, whole, at)
     if wrong:
         return wrong
+    if record["case"]["dtype"] not in SHORT:
+        return f"{at}.case.dtype {record['case']['dtype']!r}"[:200]
     entries = {name: entry for name, entry in record["results"].items() if "us" in entry}
     return _wrong(entries, [timed], f"{at}.results") or next(filter(None, (_not_times(e, f"{at}.results.{n}") for n, e in entries.items())), None)
 

@@ -14,6 +14,7 @@ MODELS = {
 RANKS = (8, 16, 64, 128)
 TRAIN_TOKENS = (512, 2048, 8192, 16384)
 DECODE_TOKENS = (1, 8, 16, 64, 256)
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def projections(model: str) -> dict[str, tuple[int, int]]:

@@ -57,7 +57,7 @@ def run(group: list[Step], out: Path, seconds: float, env: dict[str, str]) -> li
         has = max(1, seconds - MARGIN)
         command = [word.replace("{seconds}", f"{has:.0f}").replace("{minutes}", f"{has / 60:.2f}") for word in step.command]
         with open(out / f"{step.name}.log", "w") as log:
-            options = {"cwd": ROOT, "env": env, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+            options = {"cwd": ROOT, "env": env | step.env, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
             # A shell's background job ignores SIGINT, and so would its children.
             children.append(subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options))
     ended = [0.0] * len(group)

@@ -105,6 +105,14 @@ def test_sanitizers_check_our_kernels_alone(found):
             assert {"linear_kernel", "shrink_kernel", "column0_kernel", "update_tma_kernel", "decode_kernel"} <= checked
 
 
+def test_memcheck_sees_the_end_of_every_tensor(found, tmp_path):
+    """It knows what cudaMalloc gave alone, and PyTorch gives many tensors out of one such block."""
+    (memcheck,) = (step for step in found if step.name == "memcheck")
+    told = Step("told", [sys.executable, "-c", "import os; print(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'])"], 30, env=memcheck.env)
+    assert _run(told, tmp_path, 30)["outcome"] == "ok"
+    assert (tmp_path / "told.log").read_text() == "1\n"
+
+
 def test_a_machine_without_sanitizers_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_steps.shutil, "which", lambda name: None)
     found = {step.name: step for step in gpu_steps.steps(sys.executable, tmp_path, tmp_path, None)}

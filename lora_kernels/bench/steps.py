@@ -21,7 +21,8 @@ from . import memory
 from .measure import _summary
 
 STEPS = 20
-LIMIT = {"bfloat16": 5e-2, "float32": 1e-3}  # relative RMSE of the gradients through the whole model
+# Relative RMSE of the gradients through the whole model. PEFT's own grows with its width: two layers of 4096 have 3.5e-2 in bf16 (128 tokens, CPU).
+LIMIT = {"bfloat16": 8e-2, "float32": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Model:
 
 QUICK = Model("2 layers of smollm2-135m", 576, 1536, 9, 3, layers=2, tokens=256)
 CPU = Model("4 layers of smollm2-135m", 576, 1536, 9, 3, layers=4, tokens=512, sequences=4)
-GPU = Model("2 layers of llama-3-8b", 4096, 14336, 32, 8, layers=2, tokens=8192, sequences=8)  # attention in float64 stores tokens x length
+GPU = Model("2 layers of llama-3-8b", 4096, 14336, 32, 8, layers=2, tokens=8192, sequences=8, steps=10)  # attention in float64 stores tokens x length
 
 
 def missing() -> str | None:
@@ -66,7 +67,8 @@ def _peft_model(spec: Model, device: torch.device) -> nn.Module:
         max_position_embeddings=max(2048, spec.tokens),
         use_cache=False,
     )
-    base = LlamaForCausalLM(config).to(device, getattr(torch, spec.dtype))
+    with torch.device(device):  # on one core the GPU's 436 million random numbers would take 6 s
+        base = LlamaForCausalLM(config).to(getattr(torch, spec.dtype))
     lora = LoraConfig(r=spec.R, lora_alpha=2 * spec.R, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property of an older name

@@ -22,6 +22,9 @@ PHILOX_ROUNDS = 7
 _LOW = 0xFFFFFFFF
 
 
+NO_DROPOUT = 2.0**-17  # the largest p that drops nothing
+
+
 def drop_threshold(p: float) -> int:
     """p in 1/65536ths: an element is dropped when its 16 random bits are below this number."""
     return round(p * 65536)

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import lora_kernels as lk
+
 PREFIX = "base_model.model."
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -90,6 +92,15 @@ def random_tensors(base: nn.Module, names: tuple[str, ...], r: int, seed: int, s
             tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(r, m.in_features, generator=g) * spread
             tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(m.out_features, r, generator=g) * spread
     return tensors
+
+
+def pooled(model: nn.Module, folder: Path, modules: list[str], **options) -> lk.AdapterPool:
+    """A pool with adapters "a" and "b" of these modules."""
+    pool = lk.AdapterPool(model, max_loras=2, max_rank=4, **options)
+    for seed, name in enumerate("ab"):
+        tensors = random_tensors(model, tuple(modules), 4, seed + 1, spread=0.5)
+        pool.load(name, write_adapter(folder / name, tensors, target_modules=modules))
+    return pool
 
 
 def by_hand(folder: Path, scaling: float, ids: Tensor) -> Tensor:

@@ -27,6 +27,15 @@ def test_create_graph_gives_the_same_gradients(dropout_p):
     torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize(("p", "words"), [(2**-17, 0), (1.1 * 2**-17, 2)], ids=["drops-nothing", "drops"])
+def test_a_mask_is_kept_only_where_p_can_drop(p, words):
+    """p is rounded to 1 / 65536ths; of none the engines draw no mask, which the backward in plain PyTorch would read all the same."""
+    c = Case.random(9, 20, 33, 4)
+    y = lk.lora_linear(c.x.requires_grad_(), c.weight, None, c.lora_a, c.lora_b, 1.0, p)
+    (mask,) = (t for t in y.grad_fn.saved_tensors if t is not None and t.dtype is torch.int32)
+    assert mask.numel() == 9 * words
+
+
 def test_second_derivatives_without_x():
     c = Case.random(9, 20, 33, 4)
     x, b = c.x.clone().requires_grad_(), c.lora_b.clone().requires_grad_()

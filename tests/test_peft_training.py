@@ -138,6 +138,18 @@ def test_lora_bias_of_a_16_bit_base_stays_in_fp32_for_the_optimizer():
     torch.testing.assert_close(grad, torch.full((20,), 4 * layer.scaling["default"]), rtol=1e-2, atol=0)
 
 
+def test_lora_bias_under_autocast_is_rounded_to_its_dtype_alone():
+    layer = next(m for m in adapted("mlp", True, lora_bias=True).modules() if isinstance(m, Linear))
+    layer.base_layer.bfloat16()
+    lora_bias = layer.lora_B["default"].bias
+    lora_bias.data = torch.linspace(1, 3, 20)
+    with torch.no_grad(), torch.autocast("cpu", fp16):
+        y = layer(torch.zeros(4, 12, dtype=bf16))
+    expected = layer.base_layer.bias.double() + layer.scaling["default"] * lora_bias.double()
+    assert y.dtype is fp16
+    torch.testing.assert_close(y.double(), expected.expand(4, -1), rtol=torch.finfo(fp16).eps, atol=0)
+
+
 # -------------------------------------------------------------------------------------------------------------- checkpointing
 
 

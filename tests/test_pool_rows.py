@@ -1,118 +1,17 @@
-"""Which row gets which adapter: one batch per thread and task, and nothing served where rows are not the batch's sequences in order."""
+"""Nothing is served where rows are not the batch's sequences in order."""
 
 from __future__ import annotations
-
-import asyncio
 
 import pytest
 import torch
 import transformers
-from adapters import one_thread, random_tensors, tiny_llama, write_adapter
+from adapters import one_thread, pooled
 from torch import nn
 
-import lora_kernels as lk
 from lora_kernels import LoraValueError
 from lora_kernels.serving.layers import scattered
 
 __all__ = ["one_thread"]
-IDS = torch.tensor([[3, 5, 7, 9]])
-
-
-def pooled(model: nn.Module, tmp_path, modules: list[str], **options) -> lk.AdapterPool:
-    """A pool with adapters "a" and "b" of these modules."""
-    pool = lk.AdapterPool(model, max_loras=2, max_rank=4, **options)
-    for seed, name in enumerate("ab"):
-        tensors = random_tensors(model, tuple(modules), 4, seed + 1, spread=0.5)
-        pool.load(name, write_adapter(tmp_path / name, tensors, target_modules=modules))
-    return pool
-
-
-# ------------------------------------------------------------------------------------------------------- threads and tasks
-
-
-@pytest.fixture
-def llama(tmp_path):
-    model = tiny_llama()
-    with pooled(model, tmp_path, ["q_proj", "down_proj"]) as pool:
-        yield model, pool
-
-
-def alone(model, pool, name):
-    with pool.batch([name]):
-        return model(IDS).logits
-
-
-def test_every_task_of_an_event_loop_has_its_own_batch(llama):
-    model, pool = llama
-    expected = {name: alone(model, pool, name) for name in ("a", "b", None)}
-
-    async def serve(name):
-        with pool.batch([name]):
-            await asyncio.sleep(0.01)
-            assert not torch.is_grad_enabled()
-            return model(IDS).logits
-
-    async def without():
-        await asyncio.sleep(0.005)
-        return model(IDS).logits
-
-    async def main():
-        return await asyncio.gather(serve("a"), serve("b"), without(), serve("a"))
-
-    for name, got in zip(("a", "b", None, "a"), asyncio.run(main()), strict=True):
-        assert torch.equal(got, expected[name]), name
-    assert torch.is_grad_enabled()
-    assert torch.equal(alone(model, pool, "b"), expected["b"]), "threads are as before"
-
-
-def test_batches_inside_one_another_in_a_task(llama):
-    model, pool = llama
-    expected = {name: alone(model, pool, name) for name in ("a", "b")}
-
-    async def main():
-        with pool.batch(["a"]):
-            with pool.batch(["b"]):
-                await asyncio.sleep(0)
-                inner = model(IDS).logits
-            return inner, model(IDS).logits
-
-    inner, outer = asyncio.run(main())
-    assert torch.equal(inner, expected["b"])
-    assert torch.equal(outer, expected["a"])
-
-
-def test_a_task_keeps_the_batch_of_the_one_that_started_it(llama):
-    model, pool = llama
-    expected = {name: alone(model, pool, name) for name in ("a", None)}
-
-    async def main():
-        async def later(seconds):
-            await asyncio.sleep(seconds)
-            return model(IDS).logits
-
-        with pool.batch(["a"]):
-            late = asyncio.create_task(later(0.05))
-            early = await asyncio.create_task(later(0))
-        return early, await late
-
-    early, late = asyncio.run(main())
-    assert torch.equal(early, expected["a"])
-    assert torch.equal(late, expected[None]), "the batch has ended"
-    assert torch.is_grad_enabled()
-
-
-def test_a_compiled_model_refuses_the_batches_of_tasks(llama):
-    model, pool = llama
-    compiled = torch.compile(model.model.layers[0].self_attn.q_proj, backend="eager", fullgraph=True)
-
-    async def main():
-        with pool.batch(["a"]), pytest.raises(Exception, match="worker thread"):
-            compiled(torch.randn(1, 4, model.config.hidden_size))
-
-    asyncio.run(main())
-
-
-# ----------------------------------------------------------------------------------------------------------- order of rows
 
 
 def test_a_model_that_puts_time_first_is_refused(tmp_path):
@@ -214,10 +113,93 @@ def test_an_encoder_called_for_itself_tells_its_sequences(tmp_path):
             with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="2 sequences, as the model's input has"):
                 call(input_ids=ids)
         with pool.batch(["a", "a"]) as batch:
-            model(ids)
-            batch.update_(["a", "b"])
-            with pytest.raises(LoraValueError, match="2 sequences, as the model's input has"):
-                model(ids)
+            model(ids)  # a graph captured here would give the tokens of a mix the wrong adapters
+            with pytest.raises(LoraValueError, match="got other rows than its sequences"):
+                batch.update_(["a", "b"])
+
+
+class Unpadded(nn.Module):
+    """Takes the padding out first, as GTE does: rows of `lin` are tokens of sequences of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lin = nn.Embedding(64, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask):
+        keep = attention_mask.bool()
+        out = torch.zeros(*input_ids.shape, 16)
+        out[keep] = self.lin(self.embed(input_ids)[keep])
+        return out
+
+
+def test_rows_that_fitted_one_forward_do_not_fit_the_next(tmp_path):
+    model, ids = Unpadded().eval(), torch.randint(0, 64, (2, 6))
+    even, odd = torch.tensor([[1] * 6] * 2), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    other = pytest.raises(LoraValueError, match="does not fit this forward")
+    with pooled(model, tmp_path, ["lin"]) as pool, pool.batch(["a", "b"]):
+        model(ids, even)
+        with other:
+            model(ids, odd)
+        model(ids[:, :5], even[:, :5])
+        with other:  # ten tokens, as just now
+            model(ids, odd)
+
+
+def test_tokens_given_to_a_part_of_the_model_are_not_split_by_guess(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    with pooled(model, tmp_path, ["0"]) as pool, pool.batch(["a", "b"]):
+        model[0](torch.randn(2, 16))
+        model[0](torch.randn(2, 5, 16))
+        with pytest.raises(LoraValueError, match="10 rows, which may be tokens of sequences of any length"):
+            model[0](torch.randn(10, 16))
+
+
+def test_a_batch_remembers_few_shapes(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    with pooled(model, tmp_path, ["0"]) as pool, pool.batch(["a", "b"]) as batch:
+        first = model(torch.ones(2, 1, 16))
+        for length in range(2, 200):
+            model(torch.ones(2, length, 16))
+        assert len(batch._metas) == 64
+        assert torch.equal(model(torch.ones(2, 1, 16)), first)
+
+
+def test_a_layer_takes_its_input_by_name(tmp_path):
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(2, 16)
+    with pooled(model, tmp_path, ["0"]) as pool, pool.batch(["a", "b"]):
+        assert torch.equal(model[0](input=x), model[0](x))
+
+
+def dia() -> nn.Module:
+    """Text to speech whose classifier-free guidance lays the batch without its prompts behind the batch."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    cross = {f"cross_{name}": sizes[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")}
+    special = {"pad_token_id": 60, "eos_token_id": 61, "bos_token_id": 62}
+    encoder = transformers.DiaEncoderConfig(**sizes, vocab_size=64, max_position_embeddings=64)
+    decoder = transformers.DiaDecoderConfig(**sizes, **cross, **special, vocab_size=64, num_channels=2, max_position_embeddings=64)
+    parts = {"encoder_config": encoder, "decoder_config": decoder, "delay_pattern": [0, 1], "decoder_start_token_id": 62}
+    return transformers.DiaForConditionalGeneration(transformers.DiaConfig(**parts, **special)).eval()
+
+
+def test_guidance_takes_a_name_for_each_copy(tmp_path):
+    model, ids = dia(), torch.randint(1, 60, (2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with pooled(model, tmp_path, ["q_proj", "down_proj"]) as pool:
+        guided = options | {"guidance_scale": 3.0}
+        alone = []
+        for row, name in zip(ids.split(1), "ab", strict=True):
+            with pool.batch([name]):
+                alone.append(model.generate(input_ids=row, attention_mask=torch.ones_like(row), **guided))
+        mask = torch.ones_like(ids)
+        with pool.batch(["a", "b"]):
+            model.generate(input_ids=ids, attention_mask=mask, **options)
+            with pytest.raises(LoraValueError, match="copies of the batch behind it"):
+                model.generate(input_ids=ids, attention_mask=mask, **guided)
+        with pool.batch(["a", "b"] * 2):
+            got = model.generate(input_ids=ids, attention_mask=mask, **guided)
+        for row, one in zip(got, alone, strict=True):
+            assert torch.equal(row[: one.shape[1]], one[0])
 
 
 def test_a_layer_on_what_all_sequences_share(tmp_path):
@@ -295,10 +277,8 @@ def test_routed_experts_serve_batches_of_one_adapter(tmp_path):
             one = model(ids)
         with pool.batch(["a", "a"]):
             assert torch.equal(model(ids), one)
-        with pool.batch(["a", "a"]) as batch:
+        with pool.batch(["a", "a"]) as batch, pytest.raises(LoraValueError, match="do not keep rows in order"):
             batch.update_(["a", "b"])
-            with pytest.raises(LoraValueError, match="does not keep them in order"):
-                model(ids)
     ids_of_one = torch.tensor([[2, 4, 6, 1], [3, 5, 7, 9]])  # three tokens for the first expert, five for the second
     with pooled(model, tmp_path / "one", ["0", "1"]) as pool:
         with pool.batch(["a"]):
@@ -309,7 +289,7 @@ def test_routed_experts_serve_batches_of_one_adapter(tmp_path):
             assert torch.equal(model(ids_of_one), one)
         with pool.batch(["b", "b"]) as batch:
             model(ids_of_one)
-            with pytest.raises(LoraValueError, match="got other rows than its sequences"):
+            with pytest.raises(LoraValueError, match="do not keep rows in order"):
                 batch.update_(["a", "b"])
             batch.update_(["a", "a"])
             assert torch.equal(model(ids_of_one), one)
@@ -322,15 +302,6 @@ def test_routed_experts_serve_batches_of_one_adapter(tmp_path):
             torch.testing.assert_close(model(ids), torch.cat(alone))
 
 
-class TwoTowers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.vision_tower, self.text = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x, images):
-        return self.text(x) + self.vision_tower(images).mean(0)
-
-
 def test_one_row_by_its_slot_is_no_mix(tmp_path):
     model, ids = Routed().eval(), torch.tensor([[2, 4, 6, 1]])
     with pooled(model, tmp_path, ["0"]) as pool:
@@ -341,37 +312,6 @@ def test_one_row_by_its_slot_is_no_mix(tmp_path):
             model(ids)
             batch.update_(slots["b"])
             assert torch.equal(model(ids), expected)
-
-
-def test_images_are_not_sequences(tmp_path):
-    """Two images may both be of the second sequence."""
-    model, x, images = TwoTowers().eval(), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    other = pytest.raises(LoraValueError, match="vision_tower: in the tower of another modality")
-    with pooled(model, tmp_path / "both", ["text", "vision_tower"]) as pool, pool.batch(["a", "b"]), other:
-        model(x, images)
-    with pooled(model, tmp_path / "text", ["text"]) as pool, pool.batch(["a", "b"]):
-        model(x, images)
-
-
-@pytest.mark.parametrize("images", [(2, 1, 0), (0, 1, 2)], ids=lambda images: "-".join(map(str, images)) + "-images")
-def test_a_projector_of_images_is_no_part_of_the_text(tmp_path, images):
-    """LLaVA's projector gets three images for three sequences, which are not one of each."""
-    torch.manual_seed(0)
-    text = transformers.LlamaConfig(**SIZES)
-    parts = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
-    vision = transformers.CLIPVisionConfig(**parts, image_size=8, patch_size=4)
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=60, image_seq_length=4)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    ids = torch.randint(3, 60, (3, 10))
-    for row, count in enumerate(images):
-        ids[row, : 4 * count] = 60
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 8, 8)}
-    projector = pytest.raises(LoraValueError, match="multi_modal_projector.linear_1: in the tower of another modality")
-    modules = ["linear_1", "down_proj"]
-    with pooled(model, tmp_path / "both", modules) as pool, pool.batch(["a", None, "b"]), projector:
-        model(**inputs)
-    with pooled(model, tmp_path / "text", ["down_proj"]) as pool, pool.batch(["a", None, "b"]):
-        model(**inputs)
 
 
 def test_what_began_as_a_batch_without_experts_stays_one(tmp_path):

@@ -239,7 +239,7 @@ def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:
     """Why this call's x or its surroundings need PEFT's own forward, or None."""
     weight, bias, lora_a, lora_b = found[:4]
     if not _plain(x) or x.layout is not torch.strided or x.is_nested:
-        return f"x is a {type(x).__name__}, {getattr(x, 'layout', 'no tensor')}"
+        return f"x is a {type(x).__name__}, {x.layout if isinstance(x, Tensor) else 'no tensor'}"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"
     if forward_ad._current_level >= 0:
@@ -266,7 +266,7 @@ def input_refused(layer: Linear, x: Tensor, found: Operands) -> str | None:
 def _joint_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float, x: Tensor) -> Tensor:
     """`bias + scaling * lora_bias`, so that LoRA's own bias costs N additions and no pass over y."""
     joint = scaling * lora_bias if bias is None else torch.add(bias, lora_bias, alpha=scaling)
-    return joint.to(x.dtype)
+    return joint if autocasts(x.device.type) else joint.to(x.dtype)
 
 
 def _left_to_peft(reason: str, strict: bool) -> None:

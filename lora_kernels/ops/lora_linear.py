@@ -309,7 +309,7 @@ def lora_linear(
         raise LoraValueError(
             message("lora_linear: weight requires grad, but only the adapter is trained", fix="weight.requires_grad_(False), or use F.linear")
         )
-    dropout_p = float(dropout_p) if training else 0.0
+    dropout_p = float(dropout_p) if training and dropout_p > reference.NO_DROPOUT else 0.0
     if trained and compiling and exporting():  # an exported program has ops, but no autograd.Function around them
         return _plain(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
     seed = draw_seed(seed, x.device) if dropout_p > 0 else None

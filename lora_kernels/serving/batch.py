@@ -17,6 +17,7 @@ from ..native.signature import has_values
 from ..ops.batch_meta import BatchMeta, as_ids, check_ids, writable
 from .slots import Adapter
 
+MOST_METAS = 64  # shapes of layers' rows that a batch remembers on a CPU; on a GPU all, as captured graphs use them
 INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")  # of Hugging Face's models; else the first tensor counts
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Batch:
         self._running: nn.Module | None = None  # the whole model, or its encoder called for itself, during a forward
         self._sequences: int | None = None  # the leading dimension of its input, where that fits
         self._tokens: set[int] = set()  # rows that its layers may have where sequences and tokens are one dimension
+        self._ordered = True  # whether several adapters would do, as far as layers have run
         self.shared: tuple[Group, Tensor, int, int, list[Tensor]] | None = None
 
     def __enter__(self) -> Batch:
@@ -127,7 +129,7 @@ class Batch:
             raise LoraKernelsError(message(f"a batch cannot be left here: it {reason}", fix="leave it once, in the thread that entered it"))
         self.current.leave(self)
         self.recorded, self.shared, self._metas = None, None, {}
-        self._running, self._sequences = None, None
+        self._running, self._sequences, self._tokens, self._ordered = None, None, set(), True
         self._pool._left(self._adapters)
 
     def update_(self, rows: Sequence[str | None] | Tensor) -> Batch:
@@ -145,7 +147,11 @@ class Batch:
             reason = message("Batch.update_: another number of rows", ids.shape[0], self._ids.shape[0], "make one batch per batch size")
         elif any(a is not None and a.modules & self._pool._scattered - self._touched for a in adapters):
             reason = message("Batch.update_: an adapter of layers that keep no order of rows, in a batch that began without", fix="make a new batch")
-        elif _mixed(rows) and any(meta.num_tokens % self._ids.shape[0] for meta in self._metas.values()):
+        elif _mixed(rows) and any(a is not None and a.modules & self._pool._scattered for a in adapters):
+            reason = message(
+                "Batch.update_: several adapters, of which one adapts layers that do not keep rows in order", fix="batches of one adapter"
+            )
+        elif _mixed(rows) and not self._ordered:
             what = "Batch.update_: several adapters, in a batch of one of which layers got other rows than its sequences"
             reason = message(what, fix="make a new batch, or a pool whose target_modules leave such layers out")
         elif not self.with_bias and any(a is not None and a.bias for a in adapters):
@@ -210,7 +216,7 @@ class Batch:
 
     def end_forward(self, module: nn.Module) -> None:
         if module is self._running:
-            self._running, self._sequences = None, None
+            self._running, self._sequences, self._tokens = None, None, set()
 
     def _fits(self) -> bool:
         """Whether the model that runs has an input of as many sequences or tokens as this batch is for."""
@@ -237,7 +243,13 @@ class Batch:
             return self._build(x)
         key = (x.device, x.shape[:-1], self._sequences, self.mixed)
         if (found := self._metas.get(key)) is None:
+            if x.is_cpu and len(self._metas) >= MOST_METAS:
+                del self._metas[next(iter(self._metas))]
             found = self._metas[key] = self._build(x)
+        elif x.dim() == 2 and found.num_tokens not in self._tokens:  # rows that fitted an earlier forward may be others now
+            self._check(x, found.num_tokens)
+        if x.dim() > 2 and self._sequences is not None:
+            self._tokens.add(found.num_tokens)
         return found
 
     def _build(self, x: Tensor) -> BatchMeta:
@@ -246,22 +258,27 @@ class Batch:
         return BatchMeta(self._expand(M).to(x.device), self._pool._num_slots, self._pool._batch_invariant)
 
     def _check(self, x: Tensor, M: int) -> None:
-        if not self.mixed and self._fits() and not torch.compiler.is_compiling():  # whichever rows these are, all have the same adapter
-            return
-        n = self._ids.shape[0]
-        lead = x.shape[0] if x.dim() > 2 else M
-        if self._per_token:
-            if n != M:
-                raise LoraValueError(message("the batch does not fit this forward", f"{n} ids", f"{M} tokens, x {list(x.shape)}"))
-            return
+        """Raise where x's rows are not this batch's in order. Where all have the same adapter that only keeps it from a mix, in `update_`."""
+        n, lead, traced = self._ids.shape[0], x.shape[0] if x.dim() > 2 else M, torch.compiler.is_compiling()
+        got, fix = (
+            f"{n} names",
+            "one name per sequence, batch_tokens for packed or ragged tokens, or target_modules that leave the layer out of the pool",
+        )
         fits, allowed = lead % n == 0, f"{lead} sequences or a divisor of it"
-        if fits and self.mixed and self._sequences is not None and not torch.compiler.is_compiling():
-            seen = {shape.numel() for _, shape, sequences, mixed in self._metas if mixed and sequences == self._sequences}
-            fits = lead == self._sequences if x.dim() > 2 else M in self._tokens | seen
+        if self._per_token:
+            fits, got, allowed, fix = n == M, f"{n} ids", f"{M} tokens, x {list(x.shape)}", None
+        elif self._pool._tiled and (self.mixed or not traced):
+            fits, allowed = lead == n, f"{lead} names: generate may lay copies of the batch behind it, as for guidance, which takes names * 2"
+        elif fits and self._sequences is not None and not traced:
+            fits = lead == self._sequences if x.dim() > 2 else M in self._tokens
             allowed = f"{self._sequences} sequences, as the model's input has, one after the other; x {list(x.shape)}"
-        if not fits:
-            fix = "one name per sequence, batch_tokens for packed or ragged tokens, or target_modules that leave the layer out of the pool"
-            raise LoraValueError(message("the batch does not fit this forward", f"{n} names", allowed, fix))
+        elif fits and x.dim() == 2 and not traced:  # the whole model does not run, or has an input of other sequences
+            fits, allowed = n == M, f"{M} rows, which may be tokens of sequences of any length"
+        if fits:
+            return
+        if self.mixed or traced or not self._fits():
+            raise LoraValueError(message("the batch does not fit this forward", got, allowed, fix))
+        self._ordered = False  # whichever rows these are, all have the same adapter
 
     def _expand(self, M: int) -> Tensor:
         """Ids per row: a sequence's rows (its tokens, and its beams, which generate() lays side by side) follow each other.

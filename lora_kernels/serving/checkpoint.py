@@ -96,9 +96,8 @@ class Checkpoint:
         unknown = [m for m in found if m not in targets]
         if unknown:
             kinds = ", ".join(sorted({t.rsplit(".", 1)[-1] for t in targets}))
-            raise self._bad(
-                "it adapts modules that the pool does not serve", _some(unknown, 3), f"linear layers named {kinds}", "name them in target_modules"
-            )
+            fix = "name them in target_modules; if transformers has renamed the model's modules since, load the adapter with PEFT and save it again"
+            raise self._bad("it adapts modules that the pool does not serve", _some(unknown, 3), f"linear layers named {kinds}", fix)
         if missing := self.config.missing(found, targets):
             raise self._bad("modules that adapter_config.json names are missing", _some(missing), fix=AGAIN)
         pairs = {module: self._pair(module, parts, targets[module], max_rank) for module, parts in found.items()}

@@ -91,20 +91,20 @@ class PooledLinear(nn.Linear):
 
     _lora_target: Target
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         try:
             target = self._lora_target
         except AttributeError:  # the pool was closed after this call had begun
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
         batch = target.current.batch
         if batch is TASKS:
             batch = target.current.of_task()
         if batch is None or (target.scattered is not None and not batch.adapts(target)):
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
         if target.exact_base:
-            return _add_update(batch, target, x, F.linear(x, self.weight, self.bias))
-        y = _shared(batch, target, x, _whole)
-        return _add_bias(batch, target, x, y) if batch.with_bias else y
+            return _add_update(batch, target, input, F.linear(input, self.weight, self.bias))
+        y = _shared(batch, target, input, _whole)
+        return _add_bias(batch, target, input, y) if batch.with_bias else y
 
 
 def _add_update(batch: Batch, target: Target, x: Tensor, y: Tensor) -> Tensor:
@@ -197,25 +197,31 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
 TOWERS = {
     "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "image_tower", "video_tower", "audio_tower", "audio_model",
     "multi_modal_projector", "mm_projector", "vision_projection", "language_projection", "connector", "aligner", "qformer", "embed_vision",
-    "embed_audio",
+    "embed_audio", "embed_tokens_extend", "resampler", "resampler_model", "image_to_text_projection", "vision_adapter", "vision_embed_tokens",
+    "visual_projection", "vision_backbone", "video_model", "acoustic_tokenizer_encoder", "semantic_tokenizer_encoder", "semantic_connector",
+    "word_timestamp_encoder", "vpm", "apm", "mlp1",
 }  # fmt: skip
+BESIDE_TEXT = ("encoder", "projector", "merger")  # the same where a `language_model` lies beside them
 # Modules of transformers whose layers get time before the sequences. Where there are as many of both, their inputs do not tell.
 TIME_FIRST = {
     "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer", "modeling_longformer.LongformerSelfAttention",
     "modeling_led.LEDEncoderSelfAttention",
 }  # fmt: skip
+# Those whose `generate` lays copies of the batch behind it, for classifier-free guidance, and not beside each sequence, as beams lie.
+TILED = {"modeling_dia.DiaForConditionalGeneration", "modeling_janus.JanusForConditionalGeneration"}
 
 
 def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Those of the layers whose rows are not the batch's sequences in order, as far as their place tells, with the reason."""
     turned = {f"{name}." if name else "": why for name, m in model.named_modules() if (why := _time_first(m))}
+    towers = {f"{name}.{part}".lstrip(".") for name, m in model.named_modules() if hasattr(m, "language_model") for part in BESIDE_TEXT}
     parts = {name: set(name.split(".")) for name in names}
     beside = any(not p & TOWERS for p in parts.values())  # a model of one tower has its inputs for sequences
     found = {}
     for name, of in parts.items():
         if "experts" in of and "router" not in of:
             found[name] = "a routed expert, which takes tokens of any sequence"
-        elif beside and of & TOWERS:
+        elif beside and (of & TOWERS or any(f"{name}.".startswith(f"{tower}.") for tower in towers)):
             found[name] = "in the tower of another modality, of which a sequence may bring several inputs or none"
         elif why := next((why for prefix, why in turned.items() if name.startswith(prefix)), None):
             found[name] = why
@@ -226,8 +232,16 @@ def _time_first(m: nn.Module) -> str | None:
     """Why the layers below this module get time before the sequences, or None."""
     if isinstance(m, nn.TransformerDecoderLayer) and not m.self_attn.batch_first:
         return "in a decoder layer made with batch_first=False"
-    kind = f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}"
-    return "in a layer that gets time before the sequences" if kind in TIME_FIRST else None
+    return "in a layer that gets time before the sequences" if _kind(m) in TIME_FIRST else None
+
+
+def tiled(model: nn.Module) -> bool:
+    """Whether the model's `generate` may lay copies of the batch behind it."""
+    return any(_kind(m) in TILED for m in model.modules())
+
+
+def _kind(m: nn.Module) -> str:
+    return f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}"
 
 
 def _left_out(model: nn.Module) -> dict[str, str]:

@@ -99,7 +99,7 @@ class AdapterPool:
         self._targets: dict[str, Target] = {}
         self._shards: list[Shard] = []
         inner = getattr(model, "_orig_mod", model)
-        scattered = layers.scattered(inner, found)
+        scattered, self._tiled = layers.scattered(inner, found), layers.tiled(inner)
         for device, groups in layers.by_device(found).items():
             shard = Shard.allocate(device, sum(map(len, groups)), self._num_slots)
             self._shards.append(shard)

@@ -268,7 +268,8 @@ class Batch:
         if self._per_token:
             fits, got, allowed, fix = n == M, f"{n} ids", f"{M} tokens, x {list(x.shape)}", None
         elif self._pool._tiled and (self.mixed or not traced):
-            fits, allowed = lead == n, f"{lead} names: generate may lay copies of the batch behind it, as for guidance, which takes names * 2"
+            fits, allowed = lead == n, f"{lead} names"
+            fix = "a name for every row: this model's generate may lay copies of the batch behind it, as for guidance, which takes names * 2"
         elif fits and self._sequences is not None and not traced:
             fits = lead == self._sequences if x.dim() > 2 else M in self._tokens
             allowed = f"{self._sequences} sequences, as the model's input has, one after the other; x {list(x.shape)}"

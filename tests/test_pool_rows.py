@@ -152,6 +152,10 @@ def test_tokens_given_to_a_part_of_the_model_are_not_split_by_guess(tmp_path):
         model[0](torch.randn(2, 5, 16))
         with pytest.raises(LoraValueError, match="10 rows, which may be tokens of sequences of any length"):
             model[0](torch.randn(10, 16))
+    with pooled(model, tmp_path, ["0"]) as pool, pool.batch(["a", "a"]) as batch:
+        model[0](torch.randn(10, 16))
+        with pytest.raises(LoraValueError, match="got other rows than its sequences"):
+            batch.update_(["a", "b"])
 
 
 def test_a_batch_remembers_few_shapes(tmp_path):

@@ -260,11 +260,9 @@ class Batch:
     def _check(self, x: Tensor, M: int) -> None:
         """Raise where x's rows are not this batch's in order. Where all have the same adapter that only keeps it from a mix, in `update_`."""
         n, lead, traced = self._ids.shape[0], x.shape[0] if x.dim() > 2 else M, torch.compiler.is_compiling()
-        got, fix = (
-            f"{n} names",
-            "one name per sequence, batch_tokens for packed or ragged tokens, or target_modules that leave the layer out of the pool",
-        )
-        fits, allowed = lead % n == 0, f"{lead} sequences or a divisor of it"
+        divides = fits = not self._per_token and lead % n == 0
+        got, allowed = f"{n} names", f"{lead} sequences or a divisor of it"
+        fix = "one name per sequence, batch_tokens for packed or ragged tokens, or target_modules that leave the layer out of the pool"
         if self._per_token:
             fits, got, allowed, fix = n == M, f"{n} ids", f"{M} tokens, x {list(x.shape)}", None
         elif self._pool._tiled and (self.mixed or not traced):
@@ -277,7 +275,7 @@ class Batch:
             fits, allowed = n == M, f"{M} rows, which may be tokens of sequences of any length"
         if fits:
             return
-        if self.mixed or traced or not self._fits():
+        if self.mixed or traced or not (divides or self._fits()):
             raise LoraValueError(message("the batch does not fit this forward", got, allowed, fix))
         self._ordered = False  # whichever rows these are, all have the same adapter
 

@@ -64,12 +64,14 @@ def env(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from . import _selfcheck, testing
+    from . import _env, _selfcheck, testing
 
     wanted = [t for t in _selfcheck.targets() if args.backend in (None, t[1]) and args.device in (None, t[2])]
     if not wanted:
         asked = f"backend {args.backend or 'any'}, device {args.device or 'any'}"
-        print(message("check: nothing to check", asked, "what `lora-kernels env` shows as usable"), file=sys.stderr)
+        lacks = _env.backends().get("triton" if args.device == "cuda" else args.backend, {})
+        what = f"check: nothing to check, {lacks['why']}" if "why" in lacks else "check: nothing to check"
+        print(message(what, asked, "what `lora-kernels env` shows as usable", lacks.get("fix")), file=sys.stderr)
         return 2
     start = time.perf_counter()
     results = []

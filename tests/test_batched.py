@@ -214,6 +214,17 @@ def test_autocast():
         assert linear(b).dtype == bf16
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_dropout_does_not_depend_on_torch_s_default_dtype(default):
+    b = Batch.random(ids=MIXED, Ns=[24], K=36, R=4, L=5)
+    expected = linear(b, dropout_p=0.3, seed=5)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(linear(b, dropout_p=0.3, seed=5), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def _case(**changes):
     b = Batch.random(ids=[0, 1, -1], Ns=[6], K=5, R=2, L=2)
     args = dict(
@@ -227,6 +238,7 @@ def jagged(t: torch.Tensor) -> torch.Tensor:
 
 
 ERRORS = {
+    "dropout_p_with_grad": (dict(dropout_p=lambda a: torch.full((2,), 0.5, requires_grad=True)), LoraValueError, "dropout_p requires grad"),
     "id_past_the_pool": (dict(token_lora_mapping=lambda a: torch.tensor([0, 2, -1])), LoraValueError, "outside the pool; got ids from -1 to 2"),
     "id_past_int32": (dict(token_lora_mapping=lambda a: torch.tensor([0, 2**32, -1])), LoraValueError, "outside the pool"),
     "id_below_none": (dict(token_lora_mapping=lambda a: torch.tensor([0, -2, -1])), LoraValueError, "outside the pool"),

@@ -195,11 +195,12 @@ OTHERS = {
     "slices_of_a_vector": (lambda: sglang_slices(torch.zeros(6), [6]), "wrong number of dimensions"),
     "slices_negative": (lambda: sglang_slices(torch.zeros(2, 8, 4), [-1, 9]), "widths do not fit"),
     "slices_flag": (lambda: sglang_slices(torch.zeros(2, 1, 4), [True]), "widths do not fit"),
+    "pointers_unaligned": (lambda: pool_of_pointers(torch.tensor([66]), 2, 2, torch.float32), "to no matrix; got 66.*multiples of 4"),
     "pointers_most": (lambda: pool_of_pointers(torch.tensor([64]), 2, 2, torch.float32, most=None), "no shape and dtype.*most None"),
     "pointers_huge": (lambda: pool_of_pointers(torch.tensor([64]), 2**40, 2, torch.float32), "no such layer"),
-    "pointers_past_all": (lambda: pool_of_pointers(torch.tensor([2**63 - 1]), 2, 2, torch.float32), "outside their owner's memory"),
+    "pointers_past_all": (lambda: pool_of_pointers(torch.tensor([2**63 - 4]), 2, 2, torch.float32), "outside their owner's memory"),
     "pointers_list": (lambda: pool_of_pointers([1], 2, 2, torch.float32), "these are no pointers; got list"),
-    "pointers_null": (lambda: pool_of_pointers(torch.tensor([0]), 2, 2, torch.float32), "a pointer to nothing"),
+    "pointers_null": (lambda: pool_of_pointers(torch.tensor([0]), 2, 2, torch.float32), "a pointer to no matrix"),
     "pointers_dtype": (lambda: pool_of_pointers(torch.tensor([64]), 2, 2, "float32"), "no shape and dtype"),
 }
 

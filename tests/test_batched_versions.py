@@ -36,6 +36,26 @@ def test_expand_of_a_tensor_of_inference_mode() -> None:
         lora_expand(y, torch.ones(4, 2), torch.ones(2, 6, 2), IDS)
 
 
+RETURNED = {
+    "16 bits": ("x", lambda t: t.bfloat16() if t.shape == (4, 8) else t),
+    "fewer rows": ("x", lambda t: t[:3] if t.shape == (4, 8) else t),
+    "another weight": (r"weight\[0\]", lambda t: t.half() if t.shape == (6, 8) else t),
+    "fewer adapters": (r"pool_b\[0\]", lambda t: t[:1] if t.shape == (2, 6, 3) else t),
+    "another h": ("h", lambda t: t[:, :2] if t.dim() == 3 and t.shape[:2] == (1, 4) else t),
+    "no integers": ("mask", lambda t: t.float() if t.dtype is torch.int32 else t),
+}
+
+
+@pytest.mark.parametrize("case", RETURNED)
+def test_saved_tensors_that_come_back_as_others(case) -> None:
+    """The kernels would read past their ends, or floats out of the wrong bits."""
+    (name, unpack), leaf = RETURNED[case], lambda *s: torch.randn(s, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = lora_batched_linear(leaf(4, 8), torch.randn(6, 8), None, leaf(2, 3, 8), leaf(2, 6, 3), IDS, dropout_p=0.25, seed=1)
+        with pytest.raises(LoraKernelsError, match=f"{name}, saved for the backward, came back as another tensor"):
+            y.sum().backward()
+
+
 CHANGES = {
     "ids": lambda o: o["token_lora_mapping"].fill_(1),
     "meta": lambda o: o["token_lora_mapping"].update_(IDS.flip(0)),

@@ -156,9 +156,10 @@ def test_check_tells_a_refusal_from_a_failure(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv, code, says",
     [
-        (["check", "--backend", "reference", "--device", "cuda"], 2, "nothing to check"),
+        (["check", "--device", "cuda"], 2, "nothing to check, "),
+        (["check", "--backend", "triton"], 2, "fix: "),
     ],
-    ids=["no-such-device"],
+    ids=["no-such-device", "no-such-backend"],
 )
 def test_what_cannot_be_done_is_said_in_one_line(monkeypatch, capsys, argv, code, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -266,6 +266,20 @@ def test_autocast_casts_as_f_linear_does(adapter_dtype):
     assert torch.equal(y, lk.lora_linear(low.x, low.weight, low.bias, a.to(bf16), b.to(bf16), c.scaling))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float64], ids=str)
+def test_autocast_takes_no_weight_that_f_linear_would_refuse(dtype):
+    """Quantised codes, cast like numbers, would be served as weights."""
+    c = Case.random(9, 20, 33, 4)
+    pools = c.lora_a[None], c.lora_b[None], torch.zeros(9, dtype=torch.int32)
+    with torch.autocast("cpu", bf16):
+        with pytest.raises(lk.LoraTypeError, match="differ in dtype"):
+            lk.lora_linear(c.x, c.weight.to(dtype), None, c.lora_a, c.lora_b)
+        with pytest.raises(lk.LoraTypeError, match="differ in dtype"):
+            lk.lora_batched_linear(c.x, c.weight.to(dtype), None, *pools)
+        with pytest.raises(lk.LoraTypeError, match="differ in dtype"):
+            lk.lora_linear(c.x, c.weight, c.bias.to(dtype), c.lora_a, c.lora_b)
+
+
 def test_no_grad_and_inference_mode():
     c = Case.random(9, 20, 33, 4)
     expected = run(c)["y"]

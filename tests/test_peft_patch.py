@@ -102,6 +102,7 @@ STATES = {
     "lora_A with bias": ({}, set_inner("lora_A", lambda a: nn.Linear(a.in_features, a.out_features)), "lora_A has a bias"),
     "in-place dropout": ({}, set_inner("lora_dropout", lambda _: nn.Dropout(0.5, inplace=True)), "lora_dropout is a Dropout, in place"),
     "other dropout": ({}, set_inner("lora_dropout", lambda _: nn.AlphaDropout(0.5)), "lora_dropout is a AlphaDropout"),
+    "flag for a scaling": ({}, lambda m: layer_of(m).scaling.update(default=True), "scaling is a bool"),
     "tensor scaling": ({}, lambda m: layer_of(m).scaling.update(default=torch.tensor(2.0)), "scaling is a Tensor"),
     "infinite scaling": ({}, lambda m: layer_of(m).scaling.update(default=float("inf")), "scaling is not finite in float32"),
     "scaling beyond float32": ({}, lambda m: layer_of(m).scaling.update(default=1e39), "scaling is not finite in float32"),

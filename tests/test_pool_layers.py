@@ -361,6 +361,8 @@ def test_one_pool_per_model_and_no_copies_of_a_pooled_model(base, pool):
         with pytest.raises(LoraKernelsError, match="neither copied nor pickled"):
             copying(base.model.layers[0].mlp)
         with pytest.raises(LoraKernelsError, match="neither copied nor pickled"):
+            copying(base)
+        with pytest.raises(LoraKernelsError, match="neither copied nor pickled"):
             copying(pool)
 
 

@@ -55,6 +55,33 @@ def test_known_serving_calls(runs, mapping, backend, S, stacked, lead) -> None:
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_ids_of_any_shape_are_those_of_the_flattened_rows(runs, backend) -> None:
+    x, (w,), (a,), (b,), ids = batch(M=8, K=8, N=8, R=8)
+    flat = lk.lora_shrink(x, a, ids, backend=backend), lk.lora_batched_linear(x, w, None, a, b, ids, backend=backend)
+    for _ in range(3):
+        h, y = (
+            call(ids.view(2, 4))
+            for call in (lambda i: lk.lora_shrink(x, a, i, backend=backend), lambda i: lk.lora_batched_linear(x, w, None, a, b, i, backend=backend))
+        )
+        assert torch.equal(h, flat[0])
+        assert torch.equal(y, flat[1])
+
+
+def test_a_number_is_no_flag_in_known_calls_either(runs) -> None:
+    x, (w,), (a,), (b,), ids = batch()
+    calls = {
+        "lora_batched_linear": lambda flag: lk.lora_batched_linear(x, w, None, a, b, ids, strict=flag),
+        "lora_shrink": lambda flag: lk.lora_shrink(x, a, ids, strict=flag),
+        "lora_linear": lambda flag: lk.lora_linear(x, w, None, a[0], b[0], training=flag),
+    }
+    for name, call in calls.items():
+        for _ in range(2):
+            call(True)
+        with pytest.raises(LoraTypeError, match=f"{name}: .* is no flag; got 1"):
+            call(1)
+
+
 def test_values_are_checked_in_known_calls_too(runs) -> None:
     x, (w,), (a,), (b,), ids = batch()
     ranks = torch.tensor([4, 0, 2], dtype=torch.int32)

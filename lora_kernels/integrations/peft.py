@@ -65,7 +65,7 @@ def patch(model: nn.Module, strict: bool = False, backend: str = "auto") -> Patc
     Fallback: PEFT's own forward, one log line per reason.
     """
     _check_module("patch", model)
-    _checks.check_backend("patch", backend)
+    _checks.check_options("patch", backend, strict=strict)
     strict = strict or _device.env_strict()
     swap, report = [], PatchReport()
     for name, layer, reason in _lora_layers(model):

@@ -180,7 +180,7 @@ def plain_operands(layer: Linear) -> str | Operands:
     if hooked(dropout):
         return "hooks on lora_dropout"
     scaling = layer.scaling[name]
-    if not isinstance(scaling, (int, float)):
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         return f"scaling is a {type(scaling).__name__}"
     if not abs(scaling) <= LARGEST:
         return "scaling is not finite in float32"

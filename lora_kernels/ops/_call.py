@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +42,17 @@ def in_autocast_dtype(x, weight, bias):
 
 def _to(t, dtype: torch.dtype):
     if isinstance(t, Tensor):
-        return t if t.dtype is dtype else t.to(dtype)
+        floats = t.is_floating_point() and t.dtype not in (dtype, torch.float64)  # the others are refused, as without autocast
+        return t.to(dtype) if floats else t
     return [_to(each, dtype) for each in t] if isinstance(t, (list, tuple)) else t
+
+
+def check_kept(op: str, name: str, t: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    """Raise where what autograd kept came back as another: hooks on saved tensors may return anything, and kernels read as far as its shape was."""
+    if t.shape != tuple(shape) or t.dtype not in dtypes or (t.device != device and t.numel()) or (name == "mask" and not t.is_contiguous()):
+        got, allowed = f"{t.dtype} {list(t.shape)} on {t.device}", f"{dtypes[0]} {list(shape)} on {device}, contiguous"
+        fix = "look at torch.autograd.graph.saved_tensors_hooks: they must return what they were given"
+        raise LoraKernelsError(message(f"{op}: {name}, saved for the backward, came back as another tensor", got, allowed, fix))
 
 
 def outside_autocast(run: Callable, device_type: str, *args):

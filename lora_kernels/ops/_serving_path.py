@@ -40,7 +40,7 @@ def key_of(x: Tensor, tensors: Sequence[Tensor | None], mapping, *options) -> tu
         return None
     if records_grad() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return None
-    return (shown, prepared, any_autocast(), *options)
+    return (shown, prepared, any_autocast(), options, *map(type, options))  # 1 equals True, and is no flag
 
 
 def find(key: tuple | None) -> Callable | None:
@@ -73,7 +73,7 @@ def _checked(op: str, mapping, L: int, ranks: Tensor | None, R: int, scalings: T
     if isinstance(mapping, BatchMeta):
         return mapping._ids, mapping.table
     check_ids(op, mapping, L)
-    return mapping, None
+    return mapping if mapping.dim() == 1 else mapping.reshape(-1), None
 
 
 def remember(key: tuple, x, weight, mapping, ranks, scalings, args: tuple, backend: str, strict: bool) -> None:

@@ -13,7 +13,19 @@ from .._errors import LoraKernelsError, LoraValueError, message
 from ..native.signature import has_values
 from ..reference_batched import h_width
 from . import _serving_path
-from ._call import PLAIN, any_autocast, dense, draw_seed, exporting, in_autocast_dtype, is_batched, records_grad, refuse_transforms, run_op
+from ._call import (
+    PLAIN,
+    any_autocast,
+    check_kept,
+    dense,
+    draw_seed,
+    exporting,
+    in_autocast_dtype,
+    is_batched,
+    records_grad,
+    refuse_transforms,
+    run_op,
+)
 from ._serving_path import as_list
 from .batch_meta import BatchMeta, as_ids, check_ids, check_ranks, check_scalings
 
@@ -98,6 +110,7 @@ class _LoraBatched(torch.autograd.Function):
         ctx.save_for_backward(x, *weights, *pools_a, *pools_b, h, mask)
         ctx.call, ctx.slices, ctx.widths = call, S, [w.shape[0] for w in weights]
         ctx.versions = _versions(call)
+        ctx.kept = [(t.shape, t.dtype) for t in (x, *weights, *pools_a, *pools_b, h, mask)]
         return y
 
     @staticmethod
@@ -115,6 +128,10 @@ class _LoraBatched(torch.autograd.Function):
         if ctx.versions and now and ctx.versions != now:
             what = "token_lora_mapping, ranks, scalings or dropout_p was changed in place between forward and backward"
             raise LoraKernelsError(message(f"lora_batched_linear: {what}", fix="change it after backward(), or hand each forward its own"))
+        if not torch.compiler.is_compiling():
+            names = ["x", *(f"{name}[{i}]" for name in ("weight", "pool_a", "pool_b") for i in range(S)), "h", "mask"]
+            for name, t, (shape, dtype) in zip(names, (x, *saved, h, mask), ctx.kept, strict=True):
+                check_kept("lora_batched_linear", name, t, shape, (dtype,), dy.device)
         weights, pools_a, pools_b = (saved[i * S : (i + 1) * S] for i in range(3))
         needs = ctx.needs_input_grad[2:]
         need_dx, need_bias, need_da, need_db = needs[0], needs[1 + S : 1 + 2 * S], needs[1 + 2 * S : 1 + 3 * S], needs[1 + 3 * S :]
@@ -181,6 +198,9 @@ def _dropout_table(op: str, dropout_p: float | Tensor | None, training: bool, L:
     if dropout_p is None:
         return None
     if isinstance(dropout_p, Tensor):
+        _checks_batched.check_plain(op, dropout_p=dropout_p)
+        if dropout_p.requires_grad and torch.is_grad_enabled():
+            raise LoraValueError(message(f"{op}: dropout_p requires grad, but only the adapters are trained", fix="dropout_p.detach()"))
         if dropout_p.shape != (L,) or not dropout_p.is_floating_point():
             raise LoraValueError(message(f"{op}: dropout_p does not fit the pools", f"{dropout_p.dtype} {list(dropout_p.shape)}", f"float [{L}]"))
         if dropout_p.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(dropout_p):
@@ -189,7 +209,7 @@ def _dropout_table(op: str, dropout_p: float | Tensor | None, training: bool, L:
                 raise LoraValueError(message(f"{op}: dropout_p is no probability", f"{low:g} to {high:g}", "numbers from 0 to 1"))
         return dropout_p.to(device, torch.float32) if training else None
     _checks.check_dropout(op, dropout_p)
-    return torch.full((L,), float(dropout_p), device=device) if training and dropout_p > 0 else None
+    return torch.full((L,), float(dropout_p), dtype=torch.float32, device=device) if training and dropout_p > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- public

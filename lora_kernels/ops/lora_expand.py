@@ -88,7 +88,7 @@ def lora_expand(
         h = h.unsqueeze(0) if h.dim() == 2 and S == 1 else h
         key, given = _serving_path.key_of(y, (h, *pools_b, ranks), meta, op, S, batch_invariant, backend, strict), (meta, ranks)
         run = _serving_path.find(key)
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # RuntimeError: of a layout whose shape or address PyTorch does not tell
         _checks_batched.check_lists(op, y=y, pool_b=pool_b)
         _checks.check_tensors(op, h=h)
         _checks.check_options(op, backend, strict=strict, batch_invariant=batch_invariant)

@@ -16,6 +16,7 @@ from . import _registry
 from ._call import (
     PLAIN,
     any_autocast,
+    check_kept,
     check_memory,
     dense,
     draw_seed,
@@ -188,7 +189,6 @@ def _grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, 
 
 
 def _check_saved(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, *_) -> None:
-    """Raise where what autograd kept came back as another: hooks on saved tensors may return anything, and kernels read as far as dy says."""
     lead, N, K, R = dy.shape[:-1], dy.shape[-1], (weight.shape or [0])[-1], (lora_b.shape or [0])[-1]
     own, rank = (dy.dtype,), (dy.dtype, torch.float32)
     expected = {
@@ -200,10 +200,7 @@ def _check_saved(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, *_)
         "mask": (mask, (lead.numel(), (K + 31) // 32) if dropout_p > 0 else (0,), (torch.int32,)),
     }
     for name, (t, shape, dtypes) in expected.items():
-        if t.shape != shape or t.dtype not in dtypes or (t.device != dy.device and t.numel()) or (name == "mask" and not t.is_contiguous()):
-            got, allowed = f"{t.dtype} {list(t.shape)} on {t.device}", f"{dtypes[0]} {list(shape)} on {dy.device}, contiguous"
-            fix = "look at torch.autograd.graph.saved_tensors_hooks: they must return what they were given"
-            raise LoraKernelsError(message(f"lora_linear: {name}, saved for the backward, came back as another tensor", got, allowed, fix))
+        check_kept("lora_linear", name, t, shape, dtypes, dy.device)
 
 
 def _differentiable_grads(dy, x, weight, lora_a, lora_b, h, mask, scaling, dropout_p, backend, strict, need_dx, need_da, need_db):
@@ -302,7 +299,7 @@ def lora_linear(
     except (AttributeError, TypeError):  # an operand that is no tensor, an option that is none
         _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict)
         raise
-    if run is None or type(scaling) is not float or not abs(scaling) <= _LARGEST:
+    if run is None or type(scaling) is not float or not abs(scaling) <= _LARGEST or not type(training) is type(strict) is bool or seed is not None:
         _check("lora_linear", x, weight, bias, lora_a, lora_b, scaling, dropout_p, training, seed, backend, strict)
         scaling = float(scaling)
     if grad and weight.requires_grad:

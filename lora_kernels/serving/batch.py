@@ -174,8 +174,10 @@ class Batch:
     def _resolve(self, rows: Sequence[str | None] | Tensor) -> tuple[list[Adapter | None], Tensor]:
         """The adapters, held, and the slot of every row (-1 = none) as int32."""
         if isinstance(rows, Tensor):
-            if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1:
-                raise LoraTypeError(message("slots are no ids", f"{rows.dtype} {list(rows.shape)}", "int32 [M], as from AdapterPool.slot, or names"))
+            if rows.dtype not in (torch.int32, torch.int64) or rows.dim() != 1 or rows.is_meta:
+                raise LoraTypeError(
+                    message("slots are no ids", f"{rows.dtype} {list(rows.shape)} on {rows.device}", "int32 [M], as from AdapterPool.slot, or names")
+                )
             if not self._per_token and not rows.numel():
                 raise LoraValueError(message("a batch needs one slot or -1 per row", "no rows"))
             adapters = list(self._pool._slots.acquire_all())
@@ -295,24 +297,33 @@ def _mixed(rows: Sequence[str | None] | Tensor) -> bool:
     return len(rows) > 1 and (isinstance(rows, Tensor) or len(set(rows)) > 1)
 
 
-def watch(model: nn.Module, current: Current) -> list[RemovableHandle]:
+class _Watch:
     """Tells the batch that runs when a forward of the whole model, or of the encoder that `generate` calls for itself, begins and ends.
 
     Not in a compiled one, which has only the sizes to go by.
     """
 
-    def begin(module: nn.Module, args: tuple, kwargs: Mapping) -> None:
-        if not torch.compiler.is_compiling() and (batch := current.now()) is not None:
+    def __init__(self, current: Current) -> None:
+        self.current = current
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: Mapping) -> None:
+        if not torch.compiler.is_compiling() and (batch := self.current.now()) is not None:
             named = [kwargs[name] for name in INPUTS if isinstance(kwargs.get(name), Tensor)]
             batch.begin_forward(module, named or [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
 
-    def end(module: nn.Module, *_: object) -> None:
-        if not torch.compiler.is_compiling() and (batch := current.now()) is not None:
+    def end(self, module: nn.Module, *_: object) -> None:
+        if not torch.compiler.is_compiling() and (batch := self.current.now()) is not None:
             batch.end_forward(module)
 
-    hooks = []
+    def __reduce__(self):
+        raise LoraKernelsError(message("a model with an AdapterPool can be neither copied nor pickled", fix="close() the pool first"))
+
+
+def watch(model: nn.Module, current: Current) -> list[RemovableHandle]:
+    """Hooks by which the model tells its batches of its forwards."""
+    hooks, of = [], _Watch(current)
     for module in _callable(model):
-        hooks += [module.register_forward_pre_hook(begin, with_kwargs=True), module.register_forward_hook(end, always_call=True)]
+        hooks += [module.register_forward_pre_hook(of.begin, with_kwargs=True), module.register_forward_hook(of.end, always_call=True)]
     return hooks
 
 

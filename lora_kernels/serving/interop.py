@@ -200,8 +200,8 @@ def pool_of_pointers(
     addresses = pointers.tolist()
     size = dtype.itemsize
     first, matrix = min(addresses), rows * columns * size
-    if first <= 0:
-        raise LoraValueError(message("pool_of_pointers: a pointer to nothing", first, "addresses of matrices"))
+    if first <= 0 or first % size:
+        raise LoraValueError(message("pool_of_pointers: a pointer to no matrix", first, f"addresses above 0, multiples of {size}"))
     pitch = math.gcd(*(address - first for address in addresses)) or matrix
     slots = [(address - first) // pitch for address in addresses]
     fits = layer >= 0 and all(1 <= n < 2**31 for n in (rows, columns))

@@ -19,10 +19,8 @@ from torch import Tensor
 
 _PHILOX = (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 7
-_LOW = 0xFFFFFFFF
-
-
 NO_DROPOUT = 2.0**-17  # the largest p that drops nothing
+_LOW = 0xFFFFFFFF
 
 
 def drop_threshold(p: float) -> int:

@@ -148,9 +148,7 @@ class Batch:
         elif any(a is not None and a.modules & self._pool._scattered - self._touched for a in adapters):
             reason = message("Batch.update_: an adapter of layers that keep no order of rows, in a batch that began without", fix="make a new batch")
         elif _mixed(rows) and any(a is not None and a.modules & self._pool._scattered for a in adapters):
-            reason = message(
-                "Batch.update_: several adapters, of which one adapts layers that do not keep rows in order", fix="batches of one adapter"
-            )
+            reason = message("Batch.update_: several adapters, one of layers that do not keep rows in order", fix="batches of one adapter")
         elif _mixed(rows) and not self._ordered:
             what = "Batch.update_: several adapters, in a batch of one of which layers got other rows than its sequences"
             reason = message(what, fix="make a new batch, or a pool whose target_modules leave such layers out")

@@ -47,7 +47,7 @@ def run(benchmark, call) -> None:
     if ON_GPU:
         torch.cuda.synchronize()
     # On a GPU fewer launches in all than its queue holds (1024): these kernels of one program may take longer than their launch.
-    rounds, iterations = (40, 20) if ON_GPU else (50, 200)
+    rounds, iterations = (20, 20) if ON_GPU else (50, 200)
     benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=5)
     if ON_GPU:
         torch.cuda.synchronize()

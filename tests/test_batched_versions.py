@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoraKernelsError, LoraValueError, lora_batched_linear, lora_expand, lora_shrink
 from lora_kernels.ops.batch_meta import BatchMeta
@@ -54,6 +55,17 @@ def test_saved_tensors_that_come_back_as_others(case) -> None:
         y = lora_batched_linear(leaf(4, 8), torch.randn(6, 8), None, leaf(2, 3, 8), leaf(2, 6, 3), IDS, dropout_p=0.25, seed=1)
         with pytest.raises(LoraKernelsError, match=f"{name}, saved for the backward, came back as another tensor"):
             y.sum().backward()
+
+
+def test_create_graph_under_a_checkpoint() -> None:
+    """Which gives out a saved tensor once."""
+    leaf = lambda *s: torch.randn(s, requires_grad=True)
+    x, a, b, w = leaf(4, 8), leaf(2, 3, 8), leaf(2, 6, 3), torch.randn(6, 8)
+    call = lambda x: lora_batched_linear(x, w, None, a, b, IDS).square()
+    plain = torch.autograd.grad(call(x).sum(), (x, a, b))
+    again = torch.autograd.grad(checkpoint(call, x, use_reentrant=False).sum(), (x, a, b), create_graph=True)
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 CHANGES = {

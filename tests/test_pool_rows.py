@@ -145,17 +145,59 @@ def test_rows_that_fitted_one_forward_do_not_fit_the_next(tmp_path):
             model(ids, odd)
 
 
-def test_tokens_given_to_a_part_of_the_model_are_not_split_by_guess(tmp_path):
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
-    with pooled(model, tmp_path, ["0"]) as pool, pool.batch(["a", "b"]):
-        model[0](torch.randn(2, 16))
-        model[0](torch.randn(2, 5, 16))
-        with pytest.raises(LoraValueError, match="10 rows, which may be tokens of sequences of any length"):
-            model[0](torch.randn(10, 16))
-    with pooled(model, tmp_path, ["0"]) as pool, pool.batch(["a", "a"]) as batch:
-        model[0](torch.randn(10, 16))
-        with pytest.raises(LoraValueError, match="got other rows than its sequences"):
-            batch.update_(["a", "b"])
+def test_tokens_of_another_number_of_sequences_are_not_split_by_guess(tmp_path):
+    """One sequence, as of packed ones, whose ten tokens two names divide."""
+    model, ids, mask = Unpadded().eval(), torch.randint(0, 64, (1, 10)), torch.ones(1, 10)
+    with pooled(model, tmp_path, ["lin"]) as pool:
+        with pool.batch(["a", "b"]), pytest.raises(LoraValueError, match="1 sequences or a divisor of it, as the model's input has"):
+            model(ids, mask)
+        with pool.batch(["a", "a"]) as batch:
+            model(ids, mask)
+            with pytest.raises(LoraValueError, match="got other rows than its sequences"):
+                batch.update_(["a", "b"])
+
+
+def opt() -> nn.Module:
+    """Flattens sequences before its fully connected layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, max_position_embeddings=32)).eval()
+
+
+@pytest.mark.parametrize("call", [lambda m: m.model, lambda m: m.model.forward, lambda m: m.model.decoder], ids=["base-model", "forward", "decoder"])
+def test_flat_layers_of_a_part_of_the_model(tmp_path, call):
+    model, ids = opt(), torch.randint(3, 64, (2, 5))
+    modules = ["q_proj", "fc1"]
+    with pooled(model, tmp_path, modules, target_modules=modules) as pool:
+        alone = []
+        for row, name in zip(ids.split(1), "ab", strict=True):
+            with pool.batch([name]):
+                alone.append(model.model(row)[0])
+        with pool.batch(["a", "b"]):
+            torch.testing.assert_close(call(model)(ids)[0], torch.cat(alone))
+            assert model.model.decoder.layers[0].fc1(torch.empty(0, 32)).shape == (0, 48)
+
+
+class Folded(nn.Module):
+    """Calls itself on a part of its input, before its own layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.lin(x.flatten(0, 1)).view(x.shape) + (self(x[:, :1]) if x.shape[1] > 1 else 0)
+
+
+def test_a_model_that_calls_itself(tmp_path):
+    model, x = Folded().eval(), torch.randn(2, 3, 16)
+    with pooled(model, tmp_path, ["lin"]) as pool:
+        alone = []
+        for row, name in zip(x.split(1), "ab", strict=True):
+            with pool.batch([name]):
+                alone.append(model(row))
+        with pool.batch(["a", "b"]):
+            torch.testing.assert_close(model(x), torch.cat(alone))
 
 
 def test_a_batch_remembers_few_shapes(tmp_path):
@@ -166,6 +208,10 @@ def test_a_batch_remembers_few_shapes(tmp_path):
             model(torch.ones(2, length, 16))
         assert len(batch._metas) == 64
         assert torch.equal(model(torch.ones(2, 1, 16)), first)
+        kept = batch.meta(torch.empty(2, 3, 16, device="meta"))  # of another device, whose graphs may use it
+        for length in range(2, 200):
+            model(torch.ones(2, length, 16))
+        assert batch.meta(torch.empty(2, 3, 16, device="meta")) is kept
 
 
 def test_a_layer_takes_its_input_by_name(tmp_path):
@@ -281,8 +327,14 @@ def test_routed_experts_serve_batches_of_one_adapter(tmp_path):
             one = model(ids)
         with pool.batch(["a", "a"]):
             assert torch.equal(model(ids), one)
-        with pool.batch(["a", "a"]) as batch, pytest.raises(LoraValueError, match="do not keep rows in order"):
+        with pool.batch(["a", "a"]) as batch:
             batch.update_(["a", "b"])
+            with pytest.raises(LoraValueError, match="does not keep them in order"):
+                model(ids)
+        with pool.batch(["a", "a"]) as batch:
+            model(ids)  # a graph captured here would not ask again
+            with pytest.raises(LoraValueError, match="got other rows than its sequences"):
+                batch.update_(["a", "b"])
     ids_of_one = torch.tensor([[2, 4, 6, 1], [3, 5, 7, 9]])  # three tokens for the first expert, five for the second
     with pooled(model, tmp_path / "one", ["0", "1"]) as pool:
         with pool.batch(["a"]):
@@ -293,7 +345,7 @@ def test_routed_experts_serve_batches_of_one_adapter(tmp_path):
             assert torch.equal(model(ids_of_one), one)
         with pool.batch(["b", "b"]) as batch:
             model(ids_of_one)
-            with pytest.raises(LoraValueError, match="do not keep rows in order"):
+            with pytest.raises(LoraValueError, match="got other rows than its sequences"):
                 batch.update_(["a", "b"])
             batch.update_(["a", "a"])
             assert torch.equal(model(ids_of_one), one)

@@ -34,14 +34,28 @@ def test_images_are_not_sequences(tmp_path):
         model(x, images)
 
 
+def test_a_pool_of_a_tower_alone(tmp_path):
+    """Where the model embeds text beside it, two images may be of one sequence; where it does not, they are the sequences."""
+    model, x, images = TwoTowers().eval(), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    with pooled(model, tmp_path / "tower", ["vision_tower"], target_modules=["vision_tower"]) as pool, pool.batch(["a", "b"]):
+        model(x, images)
+    model.embed_tokens = nn.Embedding(4, 8)
+    other = pytest.raises(LoraValueError, match="vision_tower: in the tower of another modality")
+    with pooled(model, tmp_path / "both", ["vision_tower"], target_modules=["vision_tower"]) as pool, pool.batch(["a", "b"]), other:
+        model(x, images)
+
+
 @pytest.mark.parametrize(
     ("names", "towers"),
     [
         (["model.language_model.layers.0.q_proj", "model.encoder.layers.0.q_proj", "model.projector.linear"], 2),
         (["model.encoder.layers.0.q_proj", "model.decoder.layers.0.q_proj", "model.projector.linear"], 0),
         (["model.layers.0.q_proj", "model.embed_tokens_extend.audio_embed.up_proj"], 1),
+        (["language_model.layers.0.q_proj", "mlp1.1"], 1),
+        (["text_model.layers.0.q_proj", "visual_projection"], 1),
+        (["encoder.layer.0.query", "embeddings.visual_projection", "mlp1"], 0),
     ],
-    ids=["granite_speech", "encoder-decoder", "phi4_multimodal"],
+    ids=["granite_speech", "encoder-decoder", "phi4_multimodal", "internvl", "clip", "visual_bert"],
 )
 def test_towers_by_their_place(names, towers):
     model = nn.Module()

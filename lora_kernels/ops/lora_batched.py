@@ -119,11 +119,11 @@ class _LoraBatched(torch.autograd.Function):
             raise LoraKernelsError(message("lora_batched_linear: no vmap of the backward (is_grads_batched)", allowed="one dy at a time", fix=PLAIN))
         if torch.is_grad_enabled():  # create_graph=True
             return _OnceDifferentiable.apply(ctx, dy, *ctx.saved_tensors)
-        return _LoraBatched.grads(ctx, dy)
+        return _LoraBatched.grads(ctx, dy, *ctx.saved_tensors)
 
     @staticmethod
-    def grads(ctx, dy):
-        call, S, (x, *saved, h, mask) = ctx.call, ctx.slices, ctx.saved_tensors
+    def grads(ctx, dy, x, *rest):
+        call, S, (*saved, h, mask) = ctx.call, ctx.slices, rest
         now = _versions(call)
         if ctx.versions and now and ctx.versions != now:
             what = "token_lora_mapping, ranks, scalings or dropout_p was changed in place between forward and backward"
@@ -147,7 +147,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(_, ctx, dy, *saved):
-        return _LoraBatched.grads(ctx, dy)
+        return _LoraBatched.grads(ctx, dy, *saved)
 
     @staticmethod
     def backward(_, *grads):

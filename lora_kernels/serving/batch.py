@@ -101,7 +101,9 @@ class Batch:
         self.mixed = False  # whether its rows have different adapters
         self.with_bias = False
         self._running: nn.Module | None = None  # the whole model, or its encoder called for itself, during a forward
-        self._sequences: int | None = None  # the leading dimension of its input, where that fits
+        self._depth = 0  # of its calls of itself
+        self._lead = 0  # the leading dimension of its input, 0 where no tensor has rows
+        self._sequences: int | None = None  # the same, where the names divide it
         self._tokens: set[int] = set()  # rows that its layers may have where sequences and tokens are one dimension
         self._ordered = True  # whether several adapters would do, as far as layers have run
         self.shared: tuple[Group, Tensor, int, int, list[Tensor]] | None = None
@@ -129,7 +131,8 @@ class Batch:
             raise LoraKernelsError(message(f"a batch cannot be left here: it {reason}", fix="leave it once, in the thread that entered it"))
         self.current.leave(self)
         self.recorded, self.shared, self._metas = None, None, {}
-        self._running, self._sequences, self._tokens, self._ordered = None, None, set(), True
+        self._ordered, self._depth = True, 0
+        self._end()
         self._pool._left(self._adapters)
 
     def update_(self, rows: Sequence[str | None] | Tensor) -> Batch:
@@ -147,8 +150,6 @@ class Batch:
             reason = message("Batch.update_: another number of rows", ids.shape[0], self._ids.shape[0], "make one batch per batch size")
         elif any(a is not None and a.modules & self._pool._scattered - self._touched for a in adapters):
             reason = message("Batch.update_: an adapter of layers that keep no order of rows, in a batch that began without", fix="make a new batch")
-        elif _mixed(rows) and any(a is not None and a.modules & self._pool._scattered for a in adapters):
-            reason = message("Batch.update_: several adapters, one of layers that do not keep rows in order", fix="batches of one adapter")
         elif _mixed(rows) and not self._ordered:
             what = "Batch.update_: several adapters, in a batch of one of which layers got other rows than its sequences"
             reason = message(what, fix="make a new batch, or a pool whose target_modules leave such layers out")
@@ -207,16 +208,22 @@ class Batch:
 
     def begin_forward(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         """The model's own input says how many sequences there are, beams included; a layer's may have its dimensions turned."""
+        self._depth += module is self._running
         if self._running is not None:
             return
         self._running = module
-        lead = next((t.shape[0] for t in inputs if t.dim() > 1), 0)
+        self._lead = lead = next((t.shape[0] for t in inputs if t.dim() > 1), 0)
         self._sequences = lead if lead and lead % self._ids.shape[0] == 0 else None
         self._tokens = {lead, *(lead * t.shape[1] for t in inputs if t.dim() > 1 and t.shape[0] == lead)}
 
     def end_forward(self, module: nn.Module) -> None:
-        if module is self._running:
-            self._running, self._sequences, self._tokens = None, None, set()
+        if module is self._running and self._depth:
+            self._depth -= 1
+        elif module is self._running:
+            self._end()
+
+    def _end(self) -> None:
+        self._running, self._lead, self._sequences, self._tokens = None, 0, None, set()
 
     def _fits(self) -> bool:
         """Whether the model that runs has an input of as many sequences or tokens as this batch is for."""
@@ -231,6 +238,7 @@ class Batch:
         if self.mixed:
             got, fix = f"{target.name}: {target.scattered}", "a batch of one adapter, or a pool whose target_modules leave such layers out"
             raise LoraValueError(message("rows of several adapters go through a layer that does not keep them in order", got, fix=fix))
+        self._ordered = False
         return True
 
     def touches(self, target: Target) -> bool:
@@ -243,11 +251,11 @@ class Batch:
             return self._build(x)
         key = (x.device, x.shape[:-1], self._sequences, self.mixed)
         if (found := self._metas.get(key)) is None:
-            if x.is_cpu and len(self._metas) >= MOST_METAS:
-                del self._metas[next(iter(self._metas))]
+            if x.is_cpu and len(on_cpu := [k for k in self._metas if k[0] == x.device]) >= MOST_METAS:
+                del self._metas[on_cpu[0]]
             found = self._metas[key] = self._build(x)
         elif x.dim() == 2 and found.num_tokens not in self._tokens:  # rows that fitted an earlier forward may be others now
-            self._check(x, found.num_tokens)
+            self._check(x, found.num_tokens, again=True)
         if x.dim() > 2 and self._sequences is not None:
             self._tokens.add(found.num_tokens)
         return found
@@ -257,9 +265,14 @@ class Batch:
         self._check(x, M)
         return BatchMeta(self._expand(M).to(x.device), self._pool._num_slots, self._pool._batch_invariant)
 
-    def _check(self, x: Tensor, M: int) -> None:
-        """Raise where x's rows are not this batch's in order. Where all have the same adapter that only keeps it from a mix, in `update_`."""
+    def _check(self, x: Tensor, M: int, again: bool = False) -> None:
+        """Raise where x's rows are not this batch's in order. Where all have the same adapter that only keeps it from a mix, in `update_`.
+
+        again: rows of this shape have passed, in this forward or an earlier one.
+        """
         n, lead, traced = self._ids.shape[0], x.shape[0] if x.dim() > 2 else M, torch.compiler.is_compiling()
+        if not traced and M == 0:
+            return
         divides = fits = not self._per_token and lead % n == 0
         got, allowed = f"{n} names", f"{lead} sequences or a divisor of it"
         fix = "one name per sequence, batch_tokens for packed or ragged tokens, or target_modules that leave the layer out of the pool"
@@ -271,11 +284,11 @@ class Batch:
         elif fits and self._sequences is not None and not traced:
             fits = lead == self._sequences if x.dim() > 2 else M in self._tokens
             allowed = f"{self._sequences} sequences, as the model's input has, one after the other; x {list(x.shape)}"
-        elif fits and x.dim() == 2 and not traced:  # the whole model does not run, or has an input of other sequences
-            fits, allowed = n == M, f"{M} rows, which may be tokens of sequences of any length"
+        elif fits and x.dim() == 2 and self._lead and not traced:  # the model's input has other sequences
+            fits, allowed = n == M, f"{self._lead} sequences or a divisor of it, as the model's input has; x {list(x.shape)}"
         if fits:
             return
-        if self.mixed or traced or not (divides or self._fits()):
+        if self.mixed or traced or not (again or divides or self._fits()):
             raise LoraValueError(message("the batch does not fit this forward", got, allowed, fix))
         self._ordered = False  # whichever rows these are, all have the same adapter
 
@@ -326,8 +339,8 @@ def watch(model: nn.Module, current: Current) -> list[RemovableHandle]:
 
 
 def _callable(model: nn.Module) -> list[nn.Module]:
-    """The model and, of an encoder-decoder of transformers, the encoder."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
-        return [model]
-    encoder = model.get_encoder()
-    return [model, encoder] if isinstance(encoder, nn.Module) and encoder is not model else [model]
+    """The model, what of a model of transformers lies below its head, and the encoder of an encoder-decoder."""
+    found = [model, getattr(model, "base_model", None)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        found.append(model.get_encoder())
+    return list(dict.fromkeys(m for m in found if isinstance(m, nn.Module)))

@@ -197,11 +197,12 @@ def find(model: nn.Module, target_modules: Sequence[str] | str | None) -> dict[s
 TOWERS = {
     "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "image_tower", "video_tower", "audio_tower", "audio_model",
     "multi_modal_projector", "mm_projector", "vision_projection", "language_projection", "connector", "aligner", "qformer", "embed_vision",
-    "embed_audio", "embed_tokens_extend", "resampler", "resampler_model", "image_to_text_projection", "vision_adapter", "vision_embed_tokens",
-    "visual_projection", "vision_backbone", "video_model", "acoustic_tokenizer_encoder", "semantic_tokenizer_encoder", "semantic_connector",
-    "word_timestamp_encoder", "vpm", "apm", "mlp1",
+    "embed_audio", "embed_tokens_extend", "resampler_model", "image_to_text_projection", "vision_adapter", "vision_embed_tokens",
+    "vision_backbone", "video_model", "acoustic_tokenizer_encoder", "semantic_tokenizer_encoder", "semantic_connector", "word_timestamp_encoder",
 }  # fmt: skip
-BESIDE_TEXT = ("encoder", "projector", "merger")  # the same where a `language_model` lies beside them
+# The same where a part of TEXT lies beside them.
+BESIDE_TEXT = ("encoder", "projector", "merger", "resampler", "visual_projection", "vpm", "apm", "mlp1")
+TEXT = ("language_model", "text_model", "llm")
 # Modules of transformers whose layers get time before the sequences. Where there are as many of both, their inputs do not tell.
 TIME_FIRST = {
     "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer", "modeling_longformer.LongformerSelfAttention",
@@ -214,9 +215,12 @@ TILED = {"modeling_dia.DiaForConditionalGeneration", "modeling_janus.JanusForCon
 def scattered(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Those of the layers whose rows are not the batch's sequences in order, as far as their place tells, with the reason."""
     turned = {f"{name}." if name else "": why for name, m in model.named_modules() if (why := _time_first(m))}
-    towers = {f"{name}.{part}".lstrip(".") for name, m in model.named_modules() if hasattr(m, "language_model") for part in BESIDE_TEXT}
+    parents = [name for name, m in model.named_modules() if any(hasattr(m, text) for text in TEXT)]
+    towers = {f"{name}.{part}".lstrip(".") for name in parents for part in BESIDE_TEXT}
     parts = {name: set(name.split(".")) for name in names}
-    beside = any(not p & TOWERS for p in parts.values())  # a model of one tower has its inputs for sequences
+    # A model of one tower has its inputs for sequences; one that embeds tokens elsewhere is more.
+    embeds = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    beside = any(not p & TOWERS for p in (*parts.values(), *(set(name.split(".")) for name in embeds)))
     found = {}
     for name, of in parts.items():
         if "experts" in of and "router" not in of:

@@ -81,7 +81,7 @@ def steps(python: str, out: Path, results: Path, wheels: Path | None) -> list[St
     return [
         *found,
         Step("build", [python, "csrc/native_build.py"], 66),
-        Step("plans-compile", ["nice", "-n", "19", *tune, "--compile", "8"], 66, beside=True),
+        Step("plans-compile", ["nice", "-n", "5", *tune, "--compile", "8"], 66, beside=True),
         Step("native", [python, "-c", HAS_KERNELS], 15),  # a build without CUDA is no failure, and its tests would skip
         Step("env", [*ours, "env"], 15, beside=True),
         Step("cuda-tests", [*tests, "-n", "4", CUDA_TESTS], 140, none_is_fine=True),

@@ -21,8 +21,7 @@ from . import memory
 from .measure import _summary
 
 STEPS = 20
-# Relative RMSE of the gradients through the whole model. PEFT's own grows with its width: two layers of 4096 have 3.5e-2 in bf16 (128 tokens, CPU).
-LIMIT = {"bfloat16": 8e-2, "float32": 1e-3}
+LIMIT = {"bfloat16": 5e-2, "float32": 1e-3}  # relative RMSE of the gradients through the whole model
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _peft_model(spec: Model, device: torch.device) -> nn.Module:
         max_position_embeddings=max(2048, spec.tokens),
         use_cache=False,
     )
-    with torch.device(device):  # on one core the GPU's 436 million random numbers would take 6 s
+    with torch.device(device):  # where the weights are drawn, too: one core would take seconds for a GPU's model
         base = LlamaForCausalLM(config).to(getattr(torch, spec.dtype))
     lora = LoraConfig(r=spec.R, lora_alpha=2 * spec.R, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings():
